@@ -1,0 +1,117 @@
+// Python to C: positional arguments in the struct's field order, addresses as integers (0 = NULL). Knows no maths and
+// checks nothing: gptk/ops/<op>/cpp_impl.py has already chosen shapes and dtypes. The GIL is released while a kernel
+// runs.
+#include "gptk.h"
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <type_traits>
+
+namespace py = pybind11;
+
+namespace {
+
+// A pointer field travels as an integer, anything else as itself.
+template <typename Field>
+using Wire = std::conditional_t<std::is_pointer_v<Field>, uintptr_t, Field>;
+
+template <typename Field> Field from_wire(Wire<Field> value) {
+  if constexpr (std::is_pointer_v<Field>)
+    return reinterpret_cast<Field>(value);
+  else
+    return value;
+}
+
+template <typename Args, typename... Fields>
+void bind(py::module_& m, const char* name, void (*kernel)(const Args*), Fields Args::*... fields) {
+  m.def(name, [=](Wire<Fields>... values) {
+    Args args;
+    ((args.*fields = from_wire<Fields>(values)), ...);
+    py::gil_scoped_release unlocked;
+    kernel(&args);
+  });
+}
+
+void select_isa(const std::string& name) {
+  if (gptk_isa_select(name.c_str()) == 0) return;
+  std::string allowed;
+  for (int level = 0; level < gptk_isa_count(); ++level)
+    allowed += std::string(level ? ", " : "") + gptk_isa_name(level);
+  throw py::value_error(
+      "GPTK_ISA='" + name +
+      "' is not among the instruction sets that this build and this CPU have: " + allowed);
+}
+
+py::tuple isa_levels() {
+  py::tuple names(gptk_isa_count());
+  for (int level = 0; level < gptk_isa_count(); ++level) names[level] = gptk_isa_name(level);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gptk's native kernels; the argument structs are documented in csrc/gptk.h";
+  py::options options;
+  options.disable_function_signatures();
+
+  m.def("isa", &gptk_isa_selected);
+  m.def("isa_levels", &isa_levels);
+  m.def("select_isa", &select_isa);
+  m.attr("NORM_BLOCK") = static_cast<int>(GPTK_NORM_BLOCK);
+  m.attr("ADAMW_TENSOR_BYTES") = sizeof(gptk_adamw_tensor);
+
+  {
+    using A = gptk_layer_norm_forward_args;
+    bind(m, "layer_norm_forward", gptk_layer_norm_forward, &A::y, &A::h, &A::mean, &A::rstd, &A::x,
+         &A::residual, &A::weight, &A::bias, &A::M, &A::N, &A::eps, &A::dropout_p, &A::seed,
+         &A::x_dtype, &A::residual_dtype, &A::h_dtype, &A::weight_dtype, &A::bias_dtype,
+         &A::threads);
+  }
+  {
+    using A = gptk_layer_norm_backward_args;
+    bind(m, "layer_norm_backward", gptk_layer_norm_backward, &A::dx, &A::dresidual, &A::dweight,
+         &A::dbias, &A::partial, &A::dy, &A::dh, &A::h, &A::weight, &A::mean, &A::rstd, &A::M,
+         &A::N, &A::groups, &A::dropout_p, &A::seed, &A::x_dtype, &A::residual_dtype, &A::h_dtype,
+         &A::weight_dtype, &A::threads);
+  }
+  {
+    using A = gptk_activation_forward_args;
+    bind(m, "activation_forward", gptk_activation_forward, &A::y, &A::pre, &A::x, &A::bias, &A::M,
+         &A::N, &A::activation, &A::y_dtype, &A::x_dtype, &A::bias_dtype, &A::threads);
+  }
+  {
+    using A = gptk_activation_backward_args;
+    bind(m, "activation_backward", gptk_activation_backward, &A::dpre, &A::y, &A::dbias,
+         &A::partial, &A::dy, &A::pre, &A::M, &A::N, &A::groups, &A::activation, &A::dpre_dtype,
+         &A::dbias_dtype, &A::dy_dtype, &A::pre_dtype, &A::threads);
+  }
+  {
+    using A = gptk_cross_entropy_forward_args;
+    bind(m, "cross_entropy_forward", gptk_cross_entropy_forward, &A::loss, &A::lse, &A::logits,
+         &A::target, &A::N, &A::V, &A::logits_stride, &A::ignore_index, &A::label_smoothing,
+         &A::logits_dtype, &A::threads);
+  }
+  {
+    using A = gptk_cross_entropy_backward_args;
+    bind(m, "cross_entropy_backward", gptk_cross_entropy_backward, &A::dlogits, &A::dloss,
+         &A::logits, &A::target, &A::lse, &A::N, &A::V, &A::logits_stride, &A::ignore_index,
+         &A::label_smoothing, &A::logits_dtype, &A::threads);
+  }
+  {
+    using A = gptk_adamw_update_args;
+    bind(m, "adamw_update", gptk_adamw_update, &A::tensors, &A::count, &A::beta1, &A::beta2,
+         &A::eps, &A::grad_multiplier, &A::threads);
+  }
+  {
+    using A = gptk_adamw_norm_args;
+    bind(m, "adamw_norm", gptk_adamw_norm, &A::norm, &A::partial, &A::tensors, &A::count,
+         &A::threads);
+  }
+  {
+    using A = gptk_keep_mask_args;
+    bind(m, "keep_mask", gptk_keep_mask, &A::keep, &A::rows, &A::cols, &A::dropout_p, &A::seed,
+         &A::threads);
+  }
+}

@@ -1,0 +1,143 @@
+// AdamW for all parameters of a model in one call, and the norm of all their gradients.
+//
+//   p *= 1 - lr weight_decay                     the decay is decoupled from the moments
+//   m = beta1 m + (1 - beta1) g                  v = beta2 v + (1 - beta2) g^2
+//   p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+//
+// p is the float master where there is one; the parameter is then its rounding.
+// Threads: one parallel region over pieces of GPTK_NORM_BLOCK elements of all tensors together. An element depends on
+// itself alone; the norm adds pieces, then their sums in order, in double: 1e20 squared does not overflow.
+// Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2.
+#include "blocks.h"
+
+namespace gptk {
+namespace GPTK_ISA {
+namespace {
+
+using Tensor = gptk_adamw_tensor;
+
+int64_t pieces_of(const Tensor& t) { return (t.numel + GPTK_NORM_BLOCK - 1) / GPTK_NORM_BLOCK; }
+
+// f(tensor, piece) for every piece of every tensor; piece counts through all of them. Threads take runs of 8 pieces.
+template <typename F>
+void for_pieces(const Tensor* tensors, int64_t count, int threads, const F& f) {
+  int64_t pieces = 0, elements = 0;
+  for (int64_t t = 0; t < count; t++) {
+    pieces += pieces_of(tensors[t]);
+    elements += tensors[t].numel;
+  }
+  parallel_chunks(pieces, 8, threads_for(elements, threads),
+                  [&](int64_t, int64_t first, int64_t last) {
+                    int64_t tensor = 0, start = 0;  // start: number of the tensor's first piece
+                    while (start + pieces_of(tensors[tensor]) <= first)
+                      start += pieces_of(tensors[tensor++]);
+                    for (int64_t piece = first; piece < last; piece++) {
+                      while (piece >= start + pieces_of(tensors[tensor]))
+                        start += pieces_of(tensors[tensor++]);
+                      f(tensors[tensor], piece - start, piece);
+                    }
+                  });
+}
+
+template <typename A> struct Step {
+  A decay, beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, inverse_root2, eps,
+      multiplier;
+};
+
+double power(double base, double exponent) { return __builtin_pow(base, exponent); }
+
+// The scalars of one tensor's step t = step + 1, formed in double.
+template <typename A> Step<A> step_scalars(const gptk_adamw_update_args& a, const Tensor& t) {
+  const double step = static_cast<double>(*t.step) + 1;
+  Step<A> s;
+  s.decay = static_cast<A>(1 - t.lr * t.weight_decay);
+  s.beta1 = static_cast<A>(a.beta1);
+  s.beta2 = static_cast<A>(a.beta2);
+  s.one_minus_beta1 = static_cast<A>(1 - a.beta1);
+  s.one_minus_beta2 = static_cast<A>(1 - a.beta2);
+  s.step_size = static_cast<A>(t.lr / (1 - power(a.beta1, step)));
+  s.inverse_root2 = static_cast<A>(1 / __builtin_sqrt(1 - power(a.beta2, step)));
+  s.eps = static_cast<A>(a.eps);
+  s.multiplier = static_cast<A>(a.grad_multiplier);
+  return s;
+}
+
+template <typename A>
+void update_block(const Tensor& t, const Step<A>& s, int64_t begin, int64_t n) {
+  A g_scratch[BLOCK], m_scratch[BLOCK], v_scratch[BLOCK], p_scratch[BLOCK], m_out[BLOCK],
+      v_out[BLOCK], p_out[BLOCK];
+  void* parameter = t.master ? t.master : t.param;
+  const int32_t parameter_dtype = t.master ? static_cast<int32_t>(GPTK_FLOAT32) : t.param_dtype;
+  const A* grad = read_block(t.grad, t.grad_dtype, begin, n, g_scratch);
+  const A* m_old = read_block(t.exp_avg, t.state_dtype, begin, n, m_scratch);
+  const A* v_old = read_block(t.exp_avg_sq, t.state_dtype, begin, n, v_scratch);
+  const A* p_old = read_block(parameter, parameter_dtype, begin, n, p_scratch);
+  A* m_new = target_block(t.exp_avg, t.state_dtype, begin, m_out);
+  A* v_new = target_block(t.exp_avg_sq, t.state_dtype, begin, v_out);
+  A* p_new = target_block(parameter, parameter_dtype, begin, p_out);
+  for_lanes<A>(
+      n, GPTK_LANES {
+        const Vec<A> g = load(grad + i, lanes) * s.multiplier;
+        const Vec<A> m = load(m_old + i, lanes) * s.beta1 + g * s.one_minus_beta1;
+        const Vec<A> v = load(v_old + i, lanes) * s.beta2 + g * g * s.one_minus_beta2;
+        const Vec<A> denominator = sqrt(v) * s.inverse_root2 + s.eps;
+        store(m_new + i, m, lanes);
+        store(v_new + i, v, lanes);
+        store(p_new + i, load(p_old + i, lanes) * s.decay - m / denominator * s.step_size, lanes);
+      });
+  write_block(t.exp_avg, t.state_dtype, begin, n, m_new);
+  write_block(t.exp_avg_sq, t.state_dtype, begin, n, v_new);
+  write_block(parameter, parameter_dtype, begin, n, p_new);
+  if (t.master) write_block(t.param, t.param_dtype, begin, n, p_new);
+}
+
+template <typename A>
+void update_piece(const gptk_adamw_update_args& a, const Tensor& t, int64_t piece) {
+  const Step<A> s = step_scalars<A>(a, t);
+  const int64_t begin = piece * GPTK_NORM_BLOCK, end = min(begin + GPTK_NORM_BLOCK, t.numel);
+  for (int64_t i = begin; i < end; i += BLOCK) update_block(t, s, i, min(end - i, BLOCK));
+}
+
+double sum_of_squares(const Tensor& t, int64_t piece) {
+  double scratch[BLOCK];
+  double total = 0;
+  const int64_t begin = piece * GPTK_NORM_BLOCK, end = min(begin + GPTK_NORM_BLOCK, t.numel);
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t n = min(end - at, BLOCK);
+    const double* g = read_block(t.grad, t.grad_dtype, at, n, scratch);
+    Accumulators<double> sum;
+    for_lanes<double>(
+        n, GPTK_LANES {
+          const VecD v = load(g + i, lanes);
+          sum.part[k] = fma(v, v, sum.part[k]);
+        });
+    total += sum.total();
+  }
+  return total;
+}
+
+}  // namespace
+
+void adamw_update(const gptk_adamw_update_args& a) {
+  for_pieces(a.tensors, a.count, a.threads, [&](const Tensor& t, int64_t piece, int64_t) {
+    if (t.param_dtype == GPTK_FLOAT64)
+      update_piece<double>(a, t, piece);
+    else
+      update_piece<float>(a, t, piece);
+  });
+  for (int64_t t = 0; t < a.count; t++) *a.tensors[t].step += 1;  // after all pieces have read it
+}
+
+void adamw_norm(const gptk_adamw_norm_args& a) {
+  int64_t pieces = 0;
+  for (int64_t t = 0; t < a.count; t++) pieces += pieces_of(a.tensors[t]);
+  for_pieces(a.tensors, a.count, a.threads, [&](const Tensor& t, int64_t piece, int64_t number) {
+    a.partial[number] = sum_of_squares(t, piece);
+  });
+  double total = 0;
+  for (int64_t piece = 0; piece < pieces; piece++) total += a.partial[piece];
+  *a.norm = __builtin_sqrt(total);
+}
+
+}  // namespace GPTK_ISA
+}  // namespace gptk

@@ -1,0 +1,153 @@
+// Cross-entropy of rows of logits, forward and backward.
+//
+//   lse = log sum exp z      loss = lse - (1 - s) z[target] - s / V sum(z)         z (N, V), lse, loss (N,)
+//   dz = dloss (softmax(z) - (1 - s) [column == target] - s / V)
+//
+// Forward reads a row once, block by block: when a block holds a new maximum, the sum so far is rescaled. Backward
+// takes exp(z - lse); where logits are float it also divides by the row's sum of these, because lse, rounded to float,
+// is off by up to 2^-24 |lse| (for |lse| = 1e4 that is 6e-4 in every probability).
+// A NaN logit makes its own row NaN. A row of -inf has lse = -inf.
+// Threads: rows; every sum has a fixed order within its row.
+#include "blocks.h"
+#include "vec_math.h"
+
+namespace gptk {
+namespace GPTK_ISA {
+namespace {
+
+using Forward = gptk_cross_entropy_forward_args;
+using Backward = gptk_cross_entropy_backward_args;
+
+template <typename A> struct RowSums {
+  A max;
+  double sum_exp;  // of exp(z - max)
+  double sum;      // of z, only if asked for
+};
+
+template <typename A> RowSums<A> row_sums(const Forward& a, int64_t row) {
+  A scratch[BLOCK];
+  const Vec<A> minus_infinity = broadcast(-static_cast<A>(__builtin_inf()));
+  RowSums<A> r = {minus_infinity[0], 0, 0};
+  for (int64_t begin = 0; begin < a.V; begin += BLOCK) {
+    const int64_t n = min(a.V - begin, BLOCK);
+    const A* z = read_block(a.logits, a.logits_dtype, row * a.logits_stride + begin, n, scratch);
+    Vec<A> largest[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+    for_lanes<A>(
+        n, GPTK_LANES {
+          largest[k] =
+              max(only(load(z + i, lanes), lanes, minus_infinity), largest[k]);  // skips NaN
+        });
+    const A block_max = hmax(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+    if (block_max > r.max) {
+      r.sum_exp *= __builtin_exp(static_cast<double>(r.max) - block_max);
+      r.max = block_max;
+    }
+    const A base = r.max == minus_infinity[0] ? 0 : r.max;  // -inf - -inf would be NaN
+    Accumulators<A> sum_exp;
+    for_lanes<A>(
+        n, GPTK_LANES {
+          sum_exp.part[k] += exp(only(load(z + i, lanes), lanes, minus_infinity) - base);
+        });
+    r.sum_exp += sum_exp.total();
+    if (a.label_smoothing == 0) continue;
+    Accumulators<A> sum;
+    for_lanes<A>(n, GPTK_LANES { sum.part[k] += load(z + i, lanes); });
+    r.sum += sum.total();
+  }
+  return r;
+}
+
+template <typename A> void forward_row(const Forward& a, int64_t row) {
+  const int64_t target = a.target[row];
+  const RowSums<A> r = row_sums<A>(a, row);
+  const double log_sum = log(r.sum_exp), lse = r.max + log_sum, s = a.label_smoothing;
+  double loss = 0;
+  if (target != a.ignore_index) {
+    if (target < 0 || target >= a.V)
+      loss = __builtin_nan("");
+    else {
+      const A z = read_one<A>(a.logits, a.logits_dtype, row * a.logits_stride + target);
+      // as lse - z - s (mean(z) - z), the two large terms first
+      loss = (static_cast<double>(r.max) - z) + log_sum;
+      if (s != 0) loss += s * (z - r.sum / a.V);
+    }
+  }
+  static_cast<A*>(a.lse)[row] = static_cast<A>(lse);
+  static_cast<A*>(a.loss)[row] = static_cast<A>(loss);
+}
+
+template <typename A> void forward(const Forward& a) {
+  parallel_rows(a.N, threads_for(a.N * a.V, a.threads), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) forward_row<A>(a, row);
+  });
+}
+
+template <typename A> void fill_row(const Backward& a, int64_t row, A value) {
+  A block[BLOCK];
+  for (int64_t i = 0; i < BLOCK; i++) block[i] = value;
+  for (int64_t begin = 0; begin < a.V; begin += BLOCK)
+    write_block(a.dlogits, a.logits_dtype, row * a.V + begin, min(a.V - begin, BLOCK), block);
+}
+
+// out = exp(z - lse) over one row; returns the sum of out.
+template <typename A> double exp_row(const Backward& a, int64_t row, A* out) {
+  const A lse = static_cast<const A*>(a.lse)[row];
+  const A* z = static_cast<const A*>(a.logits) + row * a.logits_stride;
+  double total = 0;
+  for (int64_t begin = 0; begin < a.V; begin += BLOCK) {
+    Accumulators<A> sum;
+    for_lanes<A>(
+        min(a.V - begin, BLOCK), GPTK_LANES {
+          const Vec<A> p = exp(load(z + begin + i, lanes) - lse);
+          store(out + begin + i, p, lanes);
+          sum.part[k] += only(p, lanes, zero<A>());
+        });
+    total += sum.total();
+  }
+  return total;
+}
+
+template <typename A> void backward_row(const Backward& a, int64_t row) {
+  const int64_t target = a.target[row];
+  if (target == a.ignore_index) return fill_row<A>(a, row, 0);
+  if (target < 0 || target >= a.V) return fill_row<A>(a, row, static_cast<A>(__builtin_nan("")));
+  const A dloss = static_cast<const A*>(a.dloss)[row], lse = static_cast<const A*>(a.lse)[row];
+  const A s = static_cast<A>(a.label_smoothing), uniform = s / static_cast<A>(a.V);
+  const bool own = a.logits_dtype == own_dtype<A>();
+  A* row_out = own ? static_cast<A*>(a.dlogits) + row * a.V : nullptr;
+  const A inverse = own ? static_cast<A>(1.0 / exp_row<A>(a, row, row_out)) : 1;
+  A z_scratch[BLOCK], scratch[BLOCK];
+  for (int64_t begin = 0; begin < a.V; begin += BLOCK) {
+    const int64_t n = min(a.V - begin, BLOCK);
+    A* d = own ? row_out + begin : scratch;
+    if (!own) {
+      const A* z =
+          read_block(a.logits, a.logits_dtype, row * a.logits_stride + begin, n, z_scratch);
+      for_lanes<A>(n, GPTK_LANES { store(d + i, exp(load(z + i, lanes) - lse), lanes); });
+    }
+    const int64_t hit = target - begin;
+    const A p_target = hit >= 0 && hit < n ? d[hit] * inverse : 0;
+    for_lanes<A>(
+        n, GPTK_LANES { store(d + i, (load(d + i, lanes) * inverse - uniform) * dloss, lanes); });
+    if (hit >= 0 && hit < n) d[hit] = ((p_target - uniform) - (1 - s)) * dloss;
+    write_block(a.dlogits, a.logits_dtype, row * a.V + begin, n, d);
+  }
+}
+
+template <typename A> void backward(const Backward& a) {
+  parallel_rows(a.N, threads_for(a.N * a.V, a.threads), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) backward_row<A>(a, row);
+  });
+}
+
+}  // namespace
+
+void cross_entropy_forward(const gptk_cross_entropy_forward_args& a) {
+  GPTK_WITH_ACC(a.logits_dtype, forward, a);
+}
+void cross_entropy_backward(const gptk_cross_entropy_backward_args& a) {
+  GPTK_WITH_ACC(a.logits_dtype, backward, a);
+}
+
+}  // namespace GPTK_ISA
+}  // namespace gptk

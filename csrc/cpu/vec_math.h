@@ -1,0 +1,65 @@
+// exp, erfc and log on vectors and scalars. NaN stays NaN; overflow gives infinity, underflow 0, as in libm.
+//
+// float:  own polynomials, fitted to the function by Chebyshev interpolation in 40-digit arithmetic.
+// double: libm, lane by lane. Double is there for gradcheck, not for speed.
+#pragma once
+
+#include "vec.h"
+
+namespace gptk {
+namespace GPTK_ISA {
+namespace {
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) = 1 + r + r^2 P(r).
+// Max error 1 ulp for results >= 2^-126; gradual underflow below.
+GPTK_INLINE VecF exp(VecF x) {
+  x = max(broadcast(-104.0f), min(broadcast(89.0f), x));  // beyond: 0, infinity
+  const VecF round = broadcast(0x1.8p23f);  // adding it leaves an integer in the low bits
+  VecF shifted = fma(x, broadcast(0x1.715476p0f), round);
+  VecI32 n = (VecI32)shifted - (VecI32)round;
+  VecF n_float = shifted - round;
+  VecF r = fma(n_float, broadcast(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first one exact
+  r = fma(n_float, broadcast(-0x1.7f7d1cp-20f), r);
+  VecF p = broadcast(0.00139262508f);
+  p = fma(p, r, broadcast(0.00836323288f));
+  p = fma(p, r, broadcast(0.0416665542f));
+  p = fma(p, r, broadcast(0.166665767f));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(r * r, p, r) + 1.0f;
+  VecI32 half = n >> 1;  // 2^n in two factors: n itself may be out of the exponent's range
+  return p * (VecF)((half + 127) << 23) * (VecF)((n - half + 127) << 23);
+}
+
+GPTK_INLINE VecD exp(VecD x) {
+  for (int i = 0; i < Lanes<double>::value; i++) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// P(Z > x) = erfc(x / sqrt 2) / 2 for x >= 0, given density = exp(-x^2 / 2).
+// float: density * k Q(k), k = 1 / (1 + x / 4); relative error below 3e-7.
+GPTK_INLINE VecF normal_tail(VecF x, VecF density) {
+  VecF k = 1.0f / fma(x, broadcast(0.25f), broadcast(1.0f));
+  VecF q = broadcast(0.02980736043f);
+  q = fma(q, k, broadcast(-0.1727586022f));
+  q = fma(q, k, broadcast(0.3375926862f));
+  q = fma(q, k, broadcast(-0.2535974459f));
+  q = fma(q, k, broadcast(0.2351274911f));
+  q = fma(q, k, broadcast(0.01852258075f));
+  q = fma(q, k, broadcast(0.1074966382f));
+  q = fma(q, k, broadcast(0.09797934731f));
+  q = fma(q, k, broadcast(0.09982993827f));
+  return density * k * q;
+}
+
+GPTK_INLINE VecD normal_tail(VecD x, VecD) {
+  for (int i = 0; i < Lanes<double>::value; i++)
+    x[i] = 0.5 * __builtin_erfc(x[i] * 0.70710678118654752440);
+  return x;
+}
+
+GPTK_INLINE float log(float x) { return __builtin_logf(x); }
+GPTK_INLINE double log(double x) { return __builtin_log(x); }
+
+}  // namespace
+}  // namespace GPTK_ISA
+}  // namespace gptk

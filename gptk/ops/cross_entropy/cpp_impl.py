@@ -1,0 +1,75 @@
+"""cross_entropy by the C++ extension (csrc/cpu/cross_entropy.cpp)."""
+
+import torch
+from torch import Tensor
+
+from gptk.native import ACC, DTYPE, load, threads
+
+
+def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+    """Every shape and every dtype of the catalog runs."""
+    return None
+
+
+def forward(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, lse), each (N,), for logits (N, V) with adjacent columns."""
+    N, V = logits.shape
+    loss = torch.empty(N, dtype=ACC[logits.dtype])
+    lse = torch.empty(N, dtype=ACC[logits.dtype])
+    load().cross_entropy_forward(
+        loss.data_ptr(),
+        lse.data_ptr(),
+        logits.data_ptr(),
+        target.data_ptr(),
+        N,
+        V,
+        logits.stride(0),
+        ignore_index,
+        label_smoothing,
+        DTYPE[logits.dtype],
+        threads(),
+    )
+    return loss, lse
+
+
+def backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """dlogits (N, V), contiguous."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    write_dlogits(dlogits, dloss, logits, target, lse, ignore_index, label_smoothing)
+    return dlogits
+
+
+def write_dlogits(
+    dlogits: Tensor,
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """Write dlogits (N, V), contiguous; it may be the logits themselves when they are."""
+    N, V = logits.shape
+    load().cross_entropy_backward(
+        dlogits.data_ptr(),
+        dloss.data_ptr(),
+        logits.data_ptr(),
+        target.data_ptr(),
+        lse.data_ptr(),
+        N,
+        V,
+        logits.stride(0),
+        ignore_index,
+        label_smoothing,
+        DTYPE[logits.dtype],
+        threads(),
+    )
