@@ -1,0 +1,72 @@
+# Each target works on a fresh machine: it makes .venv when that is missing or out of date.
+# Needs: python3 >= 3.10 with venv. A C++ compiler is optional (without one, no cpp backend).
+# Whether torch is a CPU or a CUDA build is decided by the package index that pip is set up with.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN_DIR ?= runs/laptop
+WORKERS ?= 2
+TRAIN_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
+BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_SOURCES)
+# The build environment that pip makes for itself gets the same pins (one name per pip version).
+PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip hides what setup.py prints, so the sentence about a missing extension is said here.
+SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
+	reason = gptk.native.available(); reason and print("Note:", reason)'
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint clean
+
+help:
+	@echo 'make train   train the default model on this machine, then print a sample; run folder: $(RUN_DIR)'
+	@echo 'make test    run the tests'
+	@echo 'make lint    ruff, mypy, import-linter, clang-format'
+	@echo 'make clean   remove .venv and what was built; runs/ stays'
+	@echo 'Variables: PYTHON=$(PYTHON) RUN_DIR=$(RUN_DIR) TRAIN_ARGS= TEST_ARGS= WORKERS=$(WORKERS)'
+
+train: $(VENV)/.installed-train
+	@$(BIN)/gptk train --out $(RUN_DIR) $(TRAIN_ARGS)
+
+# one thread per worker: two workers fill two cores
+test: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find gptk -name '*.so' -delete
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'No $(PYTHON) here: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "gptk needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo '$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv).'; exit 1; }
+	@echo 'Making $(VENV)'
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/.installed-train: $(BUILD_INPUTS) | $(VENV)/bin/python
+	@echo 'Installing gptk with its pinned dependencies into $(VENV) (the first time this takes minutes)'
+	@$(PIP_INSTALL) -e '.[train]'
+	@$(SAY_WHAT_IS_MISSING)
+	@touch $@
+
+# dev holds all that train needs, so one install serves both
+$(VENV)/.installed-dev: $(BUILD_INPUTS) | $(VENV)/bin/python
+	@echo 'Installing gptk with its pinned development tools into $(VENV) (the first time this takes minutes)'
+	@$(PIP_INSTALL) -e '.[dev]'
+	@$(SAY_WHAT_IS_MISSING)
+	@touch $@ $(VENV)/.installed-train
