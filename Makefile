@@ -12,7 +12,10 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE_SOURCES))
-BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_SOURCES)
+# Installed without a compiler, and there is one now: install again.
+NATIVE_IS_DUE := $(if $(wildcard gptk/_C*.so)$(GPTK_NO_NATIVE),,$(shell command -v c++ g++ clang++))
+BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_SOURCES) \
+	$(if $(NATIVE_IS_DUE),FORCE)
 # The build environment that pip makes for itself gets the same pins (one name per pip version).
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -21,7 +24,7 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean
+.PHONY: help train test lint clean FORCE
 
 help:
 	@echo 'make train   train the default model on this machine, then print a sample; run folder: $(RUN_DIR)'
