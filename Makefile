@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE_
 	$(if $(NATIVE_IS_DUE),FORCE)
 # The build environment that pip makes for itself gets the same pins (one name per pip version).
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # pip hides what setup.py prints, so the sentence about a missing extension is said here.
 SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
