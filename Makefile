@@ -4,7 +4,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-RUN_DIR ?= runs/laptop
 WORKERS ?= 2
 TRAIN_ARGS ?=
 TEST_ARGS ?=
@@ -27,14 +26,14 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 .PHONY: help train test lint clean FORCE
 
 help:
-	@echo 'make train   train the default model on this machine, then print a sample; run folder: $(RUN_DIR)'
-	@echo 'make test    run the tests'
+	@echo 'make train   train the default model on this machine, then print a sample; TRAIN_ARGS= adds flags'
+	@echo 'make test    run the tests; TEST_ARGS= adds arguments for pytest'
 	@echo 'make lint    ruff, mypy, import-linter, clang-format'
 	@echo 'make clean   remove .venv and what was built; runs/ stays'
-	@echo 'Variables: PYTHON=$(PYTHON) RUN_DIR=$(RUN_DIR) TRAIN_ARGS= TEST_ARGS= WORKERS=$(WORKERS)'
+	@echo 'PYTHON=$(PYTHON) and WORKERS=$(WORKERS) (test processes) can be changed in the same way'
 
 train: $(VENV)/.installed-train
-	@$(BIN)/gptk train --out $(RUN_DIR) $(TRAIN_ARGS)
+	@$(BIN)/gptk train $(TRAIN_ARGS)
 
 # one thread per worker: two workers fill two cores
 test: $(VENV)/.installed-dev
