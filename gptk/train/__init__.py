@@ -1,0 +1,1 @@
+"""Training a GPT: configuration, loop, schedule, checkpoints, metrics."""
