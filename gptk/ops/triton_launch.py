@@ -43,7 +43,9 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any):
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any
+) -> None:
     """Run `kernel` on `device`, which need not be torch's current one."""
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
