@@ -1,0 +1,237 @@
+"""attention in Triton: softmax(q k^T scale) v by tiles, never storing the Tq x Tk matrix.
+
+FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a program owns BLOCK_Q queries of
+one head and runs over the keys with an online softmax in base 2 (the saved lse is natural). Tiles
+that no query of the program sees are skipped, those that all see are not masked. Traffic: q and
+out once, k and v once for each tile of queries. Grouped heads share k and v by indexing.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptk.ops.attention.triton_backward import backward
+from gptk.ops.attention.triton_tiles import (
+    dot,
+    dot_seen,
+    keys_of,
+    load_tile,
+    masked_start,
+    sees,
+    store_tile,
+)
+from gptk.ops.philox_triton import keep_tile, philox_key
+from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split_seed, why_not
+
+__all__ = ["backward", "forward", "launch_config", "unsupported"]
+
+
+def launch_config(D: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes.
+
+    At most 99 KiB of shared memory, the least that GPUs since sm_80 give a program.
+    """
+    if itemsize == 2:
+        if D <= 64:
+            return 128, 64, 4, 3
+        return (128, 64, 8, 2) if D <= 128 else (64, 32, 4, 2)
+    if itemsize == 4:
+        return (64, 32, 4, 2) if D <= 64 else (32, 32, 4, 1) if D <= 128 else (16, 16, 4, 1)
+    return (32, 32, 4, 1) if D <= 64 else (16, 16, 4, 1)
+
+
+@triton.jit
+def _forward_tile(
+    acc,
+    norm,
+    top,
+    q,
+    k_ptr,
+    v_ptr,
+    start,
+    query,
+    row,
+    k_stride,
+    v_stride,
+    Tq,
+    Tk,
+    window,
+    scale,
+    key_low,
+    key_high,
+    threshold,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of the online softmax: (acc, norm, top) after the keys start .. start+BLOCK_K-1."""
+    k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
+    v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
+    s = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), acc.dtype)) * scale
+    if MASKED:
+        key = start + tl.arange(0, BLOCK_K)
+        seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, axis=1))
+    # a row that has seen no key yet has top = -inf, and -inf - -inf would be NaN
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    p = tl.exp2(s - safe_top[:, None])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    shrink = tl.exp2(top - safe_top)
+    norm = norm * shrink + tl.sum(p, axis=1)
+    acc = acc * shrink[:, None]
+    if HAS_DROPOUT:
+        p = tl.where(keep_tile(key_low, key_high, row, start, threshold, BLOCK_K), p, 0.0)
+    if MASKED:
+        acc = dot_seen(narrow(p, v.dtype), v, seen, acc)
+    else:
+        acc = dot(narrow(p, v.dtype), v, acc)
+    return acc, norm, new_top
+
+
+@triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
+def _attention_forward_kernel(
+    out_ptr,  # (B, H, Tq, DV)
+    lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
+    q_ptr,  # (B, H, Tq, D)
+    k_ptr,  # (B, H // GROUP, Tk, D)
+    v_ptr,  # (B, H // GROUP, Tk, DV)
+    out_strides,  # (b, h, t) of each: the last stride is 1
+    q_strides,
+    k_strides,
+    v_strides,
+    H,
+    Tq,
+    Tk,
+    window,
+    scale_log2: tl.float64,  # scale * log2(e)
+    seed_low,
+    seed_high,
+    threshold: tl.int64,
+    keep_scale: tl.float64,
+    GROUP: tl.constexpr,  # query heads for each key head
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    tiles = tl.cdiv(Tq, BLOCK_Q)
+    tile = tl.program_id(0) % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the last tile has most keys: start it first
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # b * H + h
+    b, h = head // H, head % H
+    start_q = tile * BLOCK_Q
+    query = start_q + tl.arange(0, BLOCK_Q)
+    row = head * Tq + query  # of the dropout mask and of lse
+    k_ptr += b * k_strides[0] + h // GROUP * k_strides[1]
+    v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    q = load_tile(q_ptr, start_q, q_strides[2], Tq, D, BLOCK_Q, BLOCK_D, True)
+    scale = tl.full((), scale_log2, ACC)
+    key_low, key_high = 0, 0
+    if HAS_DROPOUT:
+        key_low, key_high = philox_key(seed_low, seed_high)
+
+    acc = tl.zeros((BLOCK_Q, BLOCK_DV), ACC)
+    norm = tl.zeros((BLOCK_Q,), ACC)
+    top = tl.full((BLOCK_Q,), float("-inf"), ACC)
+    first, left, full_start, full_end, masked = keys_of(
+        start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+    )
+    for start_full in range(full_start, full_end, BLOCK_K):
+        start = tl.multiple_of(start_full, BLOCK_K)
+        acc, norm, top = _forward_tile(
+            acc, norm, top, q, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
+            Tq, Tk, window, scale, key_low, key_high, threshold, D, DV, CAUSAL, HAS_WINDOW,
+            HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
+        )  # fmt: skip
+    for index in range(0, masked):
+        start = masked_start(index, first, left, full_end, BLOCK_K)
+        acc, norm, top = _forward_tile(
+            acc, norm, top, q, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
+            Tq, Tk, window, scale, key_low, key_high, threshold, D, DV, CAUSAL, HAS_WINDOW,
+            HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
+        )  # fmt: skip
+
+    empty = norm == 0
+    safe_norm = tl.where(empty, 1.0, norm)
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(safe_norm)) * 0.6931471805599453)
+    tl.store(lse_ptr + row, lse, mask=query < Tq)
+    out = acc / safe_norm[:, None]
+    if HAS_DROPOUT:
+        out *= tl.full((), keep_scale, ACC)
+    out_ptr += b * out_strides[0] + h * out_strides[1]
+    out = narrow(out, out_ptr.dtype.element_ty)
+    store_tile(out_ptr, out, start_q, out_strides[2], Tq, DV, BLOCK_Q, BLOCK_DV)
+
+
+def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+    """None if these kernels run on tensors of this device type, else the reason."""
+    return why_not(device_type)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(out (B, H, Tq, Dv), lse (B, H, Tq)) of q (B, H, Tq, D), k (B, Hkv, Tk, D), v; D <= 256."""
+    B, H, Tq, D = q.shape
+    Tk, DV = v.shape[2:]
+    out = torch.empty((B, Tq, H, DV), dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
+    block_q, block_k, num_warps, num_stages = launch_config(max(D, DV), q.element_size())
+    launch(
+        _attention_forward_kernel,
+        (triton.cdiv(Tq, block_q) * B * H,),
+        q.device,
+        out,
+        lse,
+        q,
+        k,
+        v,
+        *(t.stride()[:3] for t in (out, q, k, v)),
+        H,
+        Tq,
+        Tk,
+        0 if window is None else min(window, Tk),
+        scale * math.log2(math.e),
+        *split_seed(seed if dropout_p else 0, q.device),
+        *dropout_arguments(dropout_p),
+        GROUP=H // k.shape[1],
+        D=D,
+        DV=DV,
+        CAUSAL=causal,
+        HAS_WINDOW=window is not None,
+        HAS_DROPOUT=dropout_p > 0.0,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_DV=max(16, triton.next_power_of_2(DV)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out, lse

@@ -1,0 +1,162 @@
+"""Tiles of attention in Triton: which ones a program visits, how they are read and multiplied.
+
+Causal attention is aligned bottom-right: query i sees keys 0 .. Tk - Tq + i, with a window of w
+only the last w of these. A program owns a tile of one side and visits the tiles of the other side
+that it sees at all; those it sees in full need no mask, so they have a loop of their own.
+"""
+
+import triton
+import triton.language as tl
+
+from gptk.ops.triton_launch import INTERPRETED, widen
+
+
+@triton.jit
+def sees(query, key, Tq, Tk, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Whether query `query` sees key `key`, for any two shapes that broadcast."""
+    keep = (query < Tq) & (key < Tk)
+    if CAUSAL:
+        last = query + (Tk - Tq)
+        keep = keep & (key <= last)
+        if HAS_WINDOW:
+            keep = keep & (key > last - window)
+    return keep
+
+
+@triton.jit
+def _visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr):
+    """(first, left, full_start, full_end, masked): how to visit the tiles of [some_low, some_high).
+
+    Tiles inside [all_low, all_high) are seen in full: [full_start, full_end). `masked` others need
+    a mask; `left` of them begin at `first`, the rest at full_end. Starts are multiples of BLOCK.
+    """
+    first = some_low // BLOCK * BLOCK
+    end = tl.cdiv(tl.maximum(some_high, 0), BLOCK) * BLOCK
+    full_start = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK) * BLOCK, end), first)
+    full_end = tl.maximum(tl.maximum(all_high, 0) // BLOCK * BLOCK, full_start)
+    left = (full_start - first) // BLOCK
+    masked = left + tl.maximum(end - full_end, 0) // BLOCK
+    return first, left, full_start, full_end, masked
+
+
+@triton.jit
+def keys_of(
+    start,
+    Tq,
+    Tk,
+    window,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The key tiles that the queries start .. start + BLOCK_Q - 1 visit."""
+    some_low, all_low = 0, 0
+    some_high, all_high = Tk, Tk
+    if CAUSAL:
+        last = tl.minimum(start + BLOCK_Q, Tq) - 1
+        some_high = last + (Tk - Tq) + 1
+        all_high = start + (Tk - Tq) + 1
+        if HAS_WINDOW:
+            some_low = tl.maximum(all_high - window, 0)
+            all_low = tl.maximum(some_high - window, 0)
+    return _visit(some_low, all_low, all_high, some_high, BLOCK_K)
+
+
+@triton.jit
+def queries_of(
+    start,
+    Tq,
+    Tk,
+    window,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The query tiles that the keys start .. start + BLOCK_K - 1 are seen by."""
+    some_low, all_low = 0, 0
+    some_high, all_high = Tq, Tq
+    if CAUSAL:
+        last = tl.minimum(start + BLOCK_K, Tk) - 1
+        some_low = tl.maximum(start - (Tk - Tq), 0)
+        all_low = tl.maximum(last - (Tk - Tq), 0)
+        if HAS_WINDOW:
+            some_high = tl.minimum(last - (Tk - Tq) + window, Tq)
+            all_high = tl.minimum(start - (Tk - Tq) + window, Tq)
+    # p of a key past the edge may overflow: no tile of such keys goes without a mask
+    all_high = tl.where(start + BLOCK_K > Tk, 0, all_high)
+    return _visit(some_low, all_low, all_high, some_high, BLOCK_Q)
+
+
+@triton.jit
+def masked_start(index, first, left, full_end, BLOCK: tl.constexpr):
+    """Where masked tile `index` begins: left of the full ones, then right of them."""
+    right = full_end + (index - left) * BLOCK
+    return tl.multiple_of(tl.where(index < left, first + index * BLOCK, right), BLOCK)
+
+
+@triton.jit
+def load_tile(
+    base_ptr,  # (T, D), last stride 1
+    start,
+    stride,
+    T,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr,  # the tile may reach past row T
+):
+    """Rows start .. start + BLOCK_T - 1 as (BLOCK_T, BLOCK_D), zero past T and past D."""
+    row = start + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_D)
+    at = base_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if EDGE:
+        tile = tl.load(at, mask=(row < T)[:, None] & (column < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(at, mask=(column < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base_ptr,  # (T, D), last stride 1
+    tile,
+    start,
+    stride,
+    T,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = start + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_D)
+    at = base_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(at, tile, mask=(row < T)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in acc's dtype; float32 operands are not cut to TF32."""
+    if INTERPRETED:
+        a, b = widen(a, acc.dtype), widen(b, acc.dtype)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def dot_seen(a, b, seen, acc):
+    """acc + a @ b where a is 0 wherever `seen` is false, and what is not seen has no effect.
+
+    0 * NaN is NaN, so a row of b that holds NaN or inf would reach the rows of a that do not see
+    it. If there is one, it is left out of the product and the rows that do see it become NaN.
+    """
+    finite = tl.abs(widen(b, acc.dtype)) < float("inf")
+    if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 1:
+        acc = dot(a, b, acc)
+    else:
+        acc = dot(a, tl.where(finite, b, tl.zeros_like(b)), acc)
+        hits = dot(seen.to(tl.float16), (~finite).to(tl.float16), tl.zeros_like(acc).to(tl.float32))
+        acc = tl.where(hits > 0, float("nan"), acc)
+    return acc
