@@ -6,7 +6,7 @@ last, then the folder is renamed into place and its parent fsynced. A kill at an
 either the new checkpoint or the ones before it; a reader takes the newest whose hashes verify.
 """
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +37,7 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[st
     The bytes go to a temporary file first: `tensors` may be views of the very file that is
     replaced, mapped into memory. On any failure `path` is as it was and no other file is left.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -46,9 +47,10 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[st
         save_file(flat, temporary, {"format": "pt", **metadata})
         _fsync(temporary)
         temporary.replace(path)
-    except BaseException:
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     _fsync(path.parent)
 
 
@@ -131,7 +133,7 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str
 # ---- a folder, published -------------------------------------------------------------------
 
 
-def publish(root: Path, step: int, writers: dict[str, Callable[[Path], None]], keep: int) -> Path:
+def publish(root: Path, step: int, writers: dict[str, Callable[[Path], object]], keep: int) -> Path:
     """Write checkpoint `root/step-N` from {file name: function that writes it}; prune to `keep`.
 
     Raises:
@@ -274,10 +276,12 @@ def _sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
-    """Make a file's or folder's content durable; some file systems refuse it for folders."""
+    """Make a file's or folder's content durable; some file systems refuse this for folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(PermissionError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(handle)
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)

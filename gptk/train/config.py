@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BACKENDS = ("auto", "torch", "triton", "cpp")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKENIZERS = ("byte", "char", "bpe")
+from gptk.flags import UsageError
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A wrong setting: one sentence that names the flag, the value and what is allowed."""
 
 
@@ -169,6 +167,13 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "seed": (0, 2**63 - 1, True),
 }
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "tokenizer": ("byte", "char", "bpe"),
+    "backend": ("auto", "torch", "triton", "cpp"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
 GROUPS = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
 """Component name -> its dataclass."""
 OWNER = {f.name: group for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
@@ -253,22 +258,18 @@ def check_types(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(name: str) -> str:
-    """What a field allows, for messages: 'an integer from 1 to 1000'."""
-    kind = KINDS[name]
+    """What a setting allows, for messages: 'an integer from 1 to 1000'."""
+    if name in CHOICES:
+        return "one of " + ", ".join(CHOICES[name])
     if name in RANGES:
         low, high, closed = RANGES[name]
-        noun = "an integer" if kind is int else "a number"
+        noun = "an integer" if KINDS[name] is int else "a number"
         if high >= 2**40:
             return f"{noun}, at least {low:g}"
         return f"{noun} from {low:g} to {high:.10g}" + ("" if closed else f" (below {high:g})")
-    choices = {"tokenizer": TOKENIZERS, "backend": BACKENDS, "dtype": DTYPES}.get(name)
-    if choices:
-        return "one of " + ", ".join(choices)
-    if kind is bool:
+    if KINDS.get(name, bool if name == "extend" else str) is bool:
         return "True or False"
-    if name == "device":
-        return "auto, cpu, cuda, cuda:N or mps"
-    return "a path"
+    return "auto, cpu, cuda, cuda:N or mps" if name == "device" else "a path"
 
 
 def validate(config: TrainConfig) -> None:
@@ -278,8 +279,8 @@ def validate(config: TrainConfig) -> None:
         value = values[name]
         if not (low <= value and (value <= high if closed else value < high)):
             raise ConfigError(f"{flag(name)} {value}: must be {describe(name)}")
-    for name, allowed in (("tokenizer", TOKENIZERS), ("backend", BACKENDS), ("dtype", DTYPES)):
-        if values[name] not in allowed:
+    for name in CHOICES.keys() & values.keys():
+        if values[name] not in CHOICES[name]:
             raise ConfigError(f"{flag(name)} {values[name]}: must be {describe(name)}")
     device = values["device"]
     kind, colon, index = device.partition(":")

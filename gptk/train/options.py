@@ -1,20 +1,15 @@
-"""The command line of `gptk train`: tyro builds it from the dataclasses of config.py.
+"""The command line of `gptk train`: tyro builds it from the dataclasses of config.py."""
 
-Before tyro sees the arguments they are brought into one form and checked here, so that a wrong
-one gives a single sentence with the flag, the value and what is allowed, and `--bias=False`,
-`--resume` without a value and nanoGPT's underscores mean what they say.
-"""
-
-import contextlib
 import dataclasses
-import difflib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptk.flags import Flags
 from gptk.train.config import (
+    CHOICES,
     FIELDS,
     KINDS,
     OWNER,
@@ -58,6 +53,16 @@ class Options(TrainConfig):
     start: StartConfig = dataclasses.field(default_factory=StartConfig)
 
 
+FLAGS = Flags(
+    verb="train",
+    kinds={"preset": str, "config": str, "resume": str, "extend": bool, **KINDS},
+    describe=describe,
+    choices=CHOICES,
+    optional_value=("resume",),
+    hints=NANOGPT_NAMES,
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asked for."""
@@ -81,16 +86,14 @@ def parse(argv: list[str]) -> Request:
     """
     if any(word in ("-h", "--help") for word in argv):
         _tyro(["--help"], TrainConfig())
-    flags = _split(argv)
+    flags = FLAGS.split(argv)
     explicit: dict[str, Any] = {}
     preset = flags.get("preset")
     if "config" in flags:
         explicit, file_preset = read_config_file(flags["config"])
         preset = preset or file_preset
     base = build(preset or "laptop", explicit)
-    for name, value in flags.items():
-        _check_value(name, value)
-    options = _tyro([_word(name, value) for name, value in flags.items()], base)
+    options = _tyro(FLAGS.words(flags), base)
     for name in flags:
         if name in FIELDS:
             explicit[name] = _get(options, name)
@@ -130,89 +133,8 @@ def read_config_file(path: str) -> tuple[dict[str, Any], str | None]:
     fields = {key.replace("-", "_"): value for key, value in flat.items()}
     for name in fields:
         if name not in FIELDS:
-            raise ConfigError(f"--config {path}: {_unknown(flag(name))}")
+            raise ConfigError(f"--config {path}: {FLAGS.unknown(flag(name))}")
     return check_types(fields), preset
-
-
-def _kind(name: str) -> type:
-    return KINDS.get(name, bool if name == "extend" else str)
-
-
-def _known() -> list[str]:
-    return ["preset", "config", "resume", "extend", *FIELDS]
-
-
-def _unknown(option: str) -> str:
-    """The sentence for an option that does not exist, with the one that was probably meant."""
-    name = option.removeprefix("--").replace("_", "-").lower()
-    names = [n.replace("_", "-") for n in _known()]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    meant = NANOGPT_NAMES.get(name) or (close[0] if close else None)
-    hint = f"did you mean --{meant}?" if meant else "see gptk train --help"
-    return f"there is no option {option}; {hint}"
-
-
-def _split(argv: list[str]) -> dict[str, str]:
-    """{field: raw value}; only the first '=' splits; a repeated flag counts the last time."""
-    flags: dict[str, str] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"unexpected argument {word!r}; see gptk train --help")
-        option, equals, value = word.partition("=")
-        name = option[2:].replace("-", "_")
-        negated = name.removeprefix("no_")
-        if name not in _known() and negated != name and _kind(negated) is bool:
-            flags[negated] = "False"
-            if equals:
-                raise ConfigError(f"{option} takes no value, but got {value!r}")
-            continue
-        if name not in _known():
-            raise ConfigError(_unknown(option))
-        if not equals:
-            next_is_value = bool(words) and not words[0].startswith("--")
-            if _kind(name) is bool:
-                value = words.pop(0) if next_is_value and _is_bool(words[0]) else "True"
-            elif next_is_value:
-                value = words.pop(0)
-            elif name != "resume":
-                wanted = describe(name) if name in FIELDS else "a value"
-                raise ConfigError(f"{option}: the value is missing; must be {wanted}")
-        flags[name] = value
-    return flags
-
-
-def _is_bool(word: str) -> bool:
-    return word.lower() in ("true", "false", "yes", "no", "1", "0")
-
-
-def _check_value(name: str, value: str) -> None:
-    """ConfigError unless `value` can be read as the field's type."""
-    kind = _kind(name)
-    good = _is_bool(value) if kind is bool else True
-    if kind in (int, float):
-        good = False
-        with contextlib.suppress(ValueError):
-            kind(value)
-            good = True
-    if name in FIELDS and value == "":
-        good = False
-    if not good:
-        wanted = describe(name) if name in FIELDS else "True or False"
-        raise ConfigError(f"{flag(name)} {value}: must be {wanted}")
-    choices = {"tokenizer", "backend", "dtype"} & {name}
-    if choices and value not in describe(name).removeprefix("one of ").split(", "):
-        close = difflib.get_close_matches(value, describe(name).split()[2:], n=1)
-        hint = f"; did you mean {close[0].strip(',')}?" if close else ""
-        raise ConfigError(f"{flag(name)} {value}: must be {describe(name)}{hint}")
-
-
-def _word(name: str, value: str) -> str:
-    if _kind(name) is bool:
-        on = value.lower() in ("true", "yes", "1")
-        return f"--{'' if on else 'no-'}{name.replace('_', '-')}"
-    return f"{flag(name)}={value}"
 
 
 def _get(options: Options, name: str) -> Any:

@@ -1,0 +1,136 @@
+"""Text from a GPT: temperature, top-k and top-p, with a KV cache, streamed.
+
+Past the model's context the last block_size tokens are kept and, since positions are absolute,
+computed anew for every further token: the cache helps up to block_size tokens and the result is
+that of the uncached model at every length.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptk.model import GPT
+from gptk.train.evaluate import evaluating
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; the filters apply in this order.
+
+    Raises:
+        ValueError: a value outside its range, NaN included.
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 is greedy: the largest logit, of equals the smallest id."""
+    top_k: int = 0
+    """Keep the k most probable tokens, of equals the smallest ids; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all."""
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.temperature) and 0.0 <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature {self.temperature}: must be a finite number, at least 0 (0 is greedy)"
+            )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: must be an integer, at least 0 (0 is off)")
+        if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
+            raise ValueError(f"top_p {self.top_p}: must be more than 0 and at most 1 (1 is off)")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The filtered distribution of the next token, on the CPU in float64.
+
+    Args:
+        logits (..., V): any float dtype; -inf excludes a token.
+
+    Returns:
+        (..., V) float64; rows sum to 1, filtered tokens are exactly 0.
+
+    Raises:
+        ValueError: a logit is NaN or +inf, or a whole row is -inf: the model is broken.
+    """
+    z = logits.detach().to("cpu", torch.float64)
+    top = z.amax(-1, keepdim=True)
+    if not torch.isfinite(top).all():
+        raise ValueError("the logits hold NaN or infinity: the model's weights are not usable")
+    V = z.shape[-1]
+    order = z.sort(dim=-1, descending=True, stable=True).indices  # equals: smallest id first
+    # log-probabilities up to a constant, at most 0, so that no temperature can overflow
+    scaled = z - top
+    k = min(sampling.top_k or V, V)
+    if sampling.temperature == 0.0:
+        k = 1
+    else:
+        scaled = scaled / sampling.temperature
+    ranked = scaled.gather(-1, order)
+    ranked[..., k:] = -math.inf
+    p = ranked.softmax(-1)
+    if sampling.top_p < 1.0:
+        # a token goes when those before it reach the mass; 1e-12 forgives the sum's rounding
+        p[..., 1:][p.cumsum(-1)[..., :-1] >= sampling.top_p - 1e-12] = 0.0
+        p = p / p.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+    prefill_chunk: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token ids, (B,) int64 on the CPU, max_new_tokens times.
+
+    Args:
+        model: its mode and its default generators are left as they are.
+        idx (B, T): the prompt, T >= 1; of a longer one than block_size the last tokens count.
+        seed: of this call's own generator; None draws one from the operating system.
+        vocab_size: the tokenizer's; ids from here on (padding) are never drawn.
+        use_cache: False computes everything anew for each token; the logits are the same.
+        prefill_chunk: prompt tokens per forward pass; None takes all at once.
+
+    Raises:
+        ValueError: an empty prompt, or arguments out of range.
+    """
+    sampling = sampling or Sampling()
+    block_size, V = model.config.block_size, model.config.vocab_size
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(f"the prompt must be (B, T) with T >= 1, got {tuple(idx.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must be at least 0")
+    if vocab_size is not None and not 1 <= vocab_size <= V:
+        raise ValueError(f"vocab_size {vocab_size}: must be from 1 to the model's {V}")
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    device = next(model.parameters()).device
+    context = idx.to(device)[:, -block_size:]
+    cache = model.new_cache(len(idx)) if use_cache else None
+    new = context  # the tokens that the cache does not hold yet
+    for _ in range(max_new_tokens):
+        with evaluating(model):
+            if cache is not None and cache.length + new.shape[1] <= block_size:
+                for part in new.split(prefill_chunk or block_size, dim=1):
+                    logits = model(part, cache=cache)  # (B, t, V)
+            else:
+                logits = model(context)
+        p = probabilities(logits[:, -1, :vocab_size], sampling)
+        ids = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+        yield ids[:, 0]
+        new = ids.to(device)
+        context = torch.cat([context, new], dim=1)[:, -block_size:]

@@ -1,0 +1,72 @@
+"""The validation loss: a fixed, complete, ordered pass that leaves no trace in the run."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+"""A target that does not count."""
+
+
+class Score(NamedTuple):
+    """Result of a pass over a split."""
+
+    nats: float  # mean loss per target token
+    bits_per_byte: float  # of the text that the target tokens stand for
+    tokens: int
+
+
+class Interrupted(Exception):
+    """A pass was stopped before its end."""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode is put back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: Tensor,
+    autocast: contextlib.AbstractContextManager[object],
+    stop: Callable[[], bool] = lambda: False,
+) -> Score:
+    """Sum of the losses over all targets, in nats per token and bits per byte.
+
+    Args:
+        batches: (idx, targets) of every window of the split, in order, each (B, T) on the
+            model's device; B may differ.
+        token_bytes: (V,) int64, bytes of text in each token.
+        autocast: entered around each forward pass; reusable.
+        stop: asked before each batch.
+
+    Raises:
+        Interrupted: `stop` said so.
+    """
+    nats, tokens, n_bytes = 0.0, 0, 0
+    with evaluating(model):
+        for idx, targets in batches:
+            if stop():
+                raise Interrupted
+            with autocast:
+                loss = model(idx, targets, reduction="sum", seed=0)
+            valid = targets[targets != IGNORE].cpu()
+            nats += float(loss)
+            tokens += valid.numel()
+            n_bytes += int(token_bytes[valid].sum())
+    if tokens == 0:
+        raise ValueError("the validation split holds no target token")
+    return Score(nats / tokens, nats / math.log(2) / max(n_bytes, 1), tokens)

@@ -1,0 +1,97 @@
+"""The machine a run is on: device, precision, and the matrix-product peak that MFU refers to."""
+
+import time
+
+import torch
+
+from gptk.train.config import ConfigError
+
+NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for --device; auto takes a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: that device is not here.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"--device {wanted}: PyTorch sees {gpus} CUDA device(s) here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {wanted}: PyTorch sees no MPS device here")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(compute dtype, the reason in a few words) for --dtype on this device."""
+    if wanted != "auto":
+        slow = wanted != "float32" and device.type == "cpu" and not _cpu_has_bf16()
+        return NAMES[wanted], "asked for" + ("; slow on this CPU" if slow else "")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "auto: the GPU has bfloat16"
+        return torch.float32, "auto: the GPU has no bfloat16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return torch.bfloat16, "auto: the CPU has AVX-512 BF16 or AMX"
+    return torch.float32, f"auto: the {device.type.upper()} has no fast bfloat16"
+
+
+def cpu_features() -> dict[str, bool]:
+    """What decides about dtypes and kernels on this CPU, by name."""
+    probes = {
+        "AVX2": "_is_avx2_supported",
+        "AVX-512": "_is_avx512_supported",
+        "AVX-512 BF16": "_is_avx512_bf16_supported",
+        "AMX": "_is_amx_tile_supported",
+    }
+    return {name: bool(getattr(torch.cpu, probe, bool)()) for name, probe in probes.items()}
+
+
+def _cpu_has_bf16() -> bool:
+    features = cpu_features()
+    return features["AVX-512 BF16"] or features["AMX"]
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float | None:
+    """FLOP/s of a large square matrix product, the best of several runs within `seconds`; None
+    where it cannot be measured. It never reads or changes a random generator."""
+    n = 4096 if device.type == "cuda" else 768
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = None
+    deadline = time.perf_counter() + seconds
+    runs = 0
+    while runs < 3 or time.perf_counter() < deadline:
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        _synchronize(device)
+        elapsed = time.perf_counter() - start
+        runs += 1
+        if runs > 1 and elapsed > 0:  # the first run pays for set-up
+            best = elapsed if best is None else min(best, elapsed)
+        if runs > 1 and time.perf_counter() > deadline + 2:
+            break
+    return None if best is None else 2 * n**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a resumed run compares: the results are bit for bit the same where these are."""
+    import gptk
+
+    return {
+        "gptk": gptk.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,210 @@
+"""The training loop: `train` on one screen, then the parts that it names."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptk.model import GPT
+from gptk.optim import AdamW
+from gptk.train import folder, state
+from gptk.train.config import TrainConfig
+from gptk.train.data import RunData
+from gptk.train.evaluate import Interrupted, Score, evaluate
+from gptk.train.metrics import Metrics
+from gptk.train.progress import Progress
+from gptk.train.schedule import learning_rate
+from gptk.train.step import accumulate
+from gptk.train.stop import Stop
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient is NaN or infinite; the update was not applied."""
+
+
+@dataclass
+class Position:
+    """How far a run is; what a checkpoint stores besides tensors and settings."""
+
+    step: int = 0  # optimizer updates done
+    tokens: int = 0  # targets trained on
+    cursor: int = 0  # micro-batches taken from the training data
+    evaluated: int = -1  # the last step after which the validation split was evaluated
+    bits_per_byte: float = math.nan  # of that evaluation
+    saved: int = -1  # the last step that a checkpoint holds
+
+
+@dataclass
+class Run:
+    """A run, ready to train: settings, live objects, position."""
+
+    config: TrainConfig
+    path: Path
+    data: RunData
+    model: GPT
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler | None
+    autocast: contextlib.AbstractContextManager[object]
+    device: torch.device
+    peak: float | None  # FLOP/s of this machine, None if unknown
+    identity: dict[str, Any]  # what must be equal on resume
+    at: Position
+    metrics: Metrics
+    progress: Progress
+
+
+def train(run: Run, stop: Stop) -> None:
+    """Train to max_steps or until `stop`; the last position is saved either way.
+
+    Raises:
+        NonFinite: the run cannot go on; the last checkpoint is as it was.
+        CheckpointError: a save failed; the checkpoints before it are intact.
+    """
+    optim, settings, at = run.config.optim, run.config.run, run.at
+    run.model.train()
+    with _quiet_garbage_collector() as freeze:
+        while True:
+            last = at.step == optim.max_steps
+            if (last or at.step % settings.eval_interval == 0) and at.evaluated != at.step:
+                _validate(run, stop)
+            if last or stop or at.step % settings.save_interval == 0:
+                save(run)
+            if last or stop:
+                return
+            start = time.perf_counter()
+            lr = learning_rate(
+                at.step,
+                max_lr=optim.learning_rate,
+                min_lr=optim.min_lr or 0.0,
+                warmup_steps=optim.warmup_steps,
+                max_steps=optim.max_steps,
+            )
+            batches = [
+                run.data.train_batch(at.cursor + i, run.device) for i in range(optim.grad_accum)
+            ]
+            loss, n_tokens = accumulate(
+                run.model,
+                batches,
+                seed=settings.seed,
+                step=at.step,
+                autocast=run.autocast,
+                scaler=run.scaler,
+            )
+            grad_norm = _update(run, lr, float(loss))
+            at.step += 1
+            at.tokens += n_tokens
+            at.cursor += len(batches)
+            _log(run, float(loss), lr, grad_norm, n_tokens, time.perf_counter() - start)
+            freeze()
+
+
+def _update(run: Run, lr: float, loss: float) -> float:
+    """One optimizer step at `lr`; returns the gradient norm before clipping.
+
+    Raises:
+        NonFinite: with nothing changed, no parameter, no moment, no step count.
+    """
+    optimizer, scaler = run.optimizer, run.scaler
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if not math.isfinite(loss):
+        raise NonFinite(_non_finite(run, f"the loss is {loss}"))
+    if scaler is None:
+        optimizer.step()
+        if bool(optimizer.skipped):
+            norm = float(optimizer.grad_norm)
+            raise NonFinite(_non_finite(run, f"the gradient norm is {norm}"))
+    else:
+        scaler.step(optimizer)  # float16 overflows now and then: the scale halves, the run goes on
+        scaler.update()
+        if scaler.get_scale() < 1.0:
+            raise NonFinite(_non_finite(run, "float16 gradients overflow even unscaled"))
+    optimizer.zero_grad(set_to_none=True)
+    return float(optimizer.grad_norm)
+
+
+def _non_finite(run: Run, what: str) -> str:
+    first = run.at.cursor
+    batches = f"{first} to {first + run.config.optim.grad_accum - 1}"
+    return (
+        f"step {run.at.step + 1}: {what} (micro-batches {batches}); the update was not applied and "
+        f"the run stops. The last checkpoint is of step {run.at.saved}; a lower --learning-rate "
+        "or --grad-clip usually helps"
+    )
+
+
+def _validate(run: Run, stop: Stop) -> Score | None:
+    """Evaluate the whole validation split and log it; None if a signal came first (a resumed run
+    then begins with it)."""
+    start = time.perf_counter()
+    batches = run.data.val_batches(run.config.optim.batch_size, run.device)
+    try:
+        score = evaluate(run.model, batches, run.data.token_bytes, run.autocast, stop)
+    except Interrupted:
+        return None
+    at = run.at
+    at.evaluated, at.bits_per_byte = at.step, score.bits_per_byte
+    record = {"val_loss": score.nats, "bits_per_byte": score.bits_per_byte}
+    run.metrics.write({"step": at.step, **record})
+    run.progress.validated(at.step, *score[:2], time.perf_counter() - start)
+    return score
+
+
+def _log(run: Run, loss: float, lr: float, grad_norm: float, n_tokens: int, seconds: float) -> None:
+    tokens_per_s = n_tokens / seconds
+    flops = run.model.flops_per_token(run.config.model.block_size)
+    record = {
+        "step": run.at.step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": run.at.tokens,
+        "tokens_per_s": tokens_per_s,
+        "mfu": None if run.peak is None else flops * tokens_per_s / run.peak,
+        "ms": seconds * 1e3,
+    }
+    run.metrics.write(record)
+    run.progress.step(record)
+
+
+def save(run: Run) -> None:
+    """Publish a checkpoint of the position, unless there is one."""
+    if run.at.saved == run.at.step:
+        return
+    content = {
+        **dataclasses.asdict(run.at),
+        "saved": run.at.step,
+        "bits_per_byte": None if math.isnan(run.at.bits_per_byte) else run.at.bits_per_byte,
+        **run.identity,
+        "scaler": None if run.scaler is None else run.scaler.state_dict(),
+    }
+    root = run.path / folder.CHECKPOINTS
+    state.save(root, run.model, run.optimizer, content, run.data.save_tokenizer)
+    run.at.saved = run.at.step
+
+
+@contextlib.contextmanager
+def _quiet_garbage_collector() -> Iterator[Any]:
+    """Python's cyclic collector pauses a step for up to half a second; after the first step what
+    is alive stays alive, so it is frozen and the collector is off until the loop ends."""
+    was_enabled = gc.isenabled()
+
+    def freeze() -> None:
+        if gc.isenabled():
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+
+    try:
+        yield freeze
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

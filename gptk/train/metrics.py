@@ -1,0 +1,76 @@
+"""metrics.jsonl: one JSON object per line and step, appended at once.
+
+A kill can tear the last line and leave lines beyond the checkpoint that a resumed run starts
+from; reopening drops both, so that the file of a resumed run is that of an uninterrupted one.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a metrics file; a torn last line is left out.
+
+    Raises:
+        ValueError: another line is not a JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):  # not ended by a newline: torn, or the empty rest
+                break
+            raise ValueError(f"{path}, line {number}: not a record with a step") from None
+        if number < len(lines):
+            records.append(record)
+    return records
+
+
+class Metrics:
+    """The writer. Fields of the last step join its line (a validation loss comes after a train
+    loss), so that there is one line per step."""
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        """Append to `path`, after dropping the records past `step` (None: all of them)."""
+        kept = [r for r in read(path) if step is not None and r["step"] <= step]
+        *before, self._last = kept or [{}]
+        text = b"".join(map(_line, before))
+        self._start = len(text)  # of the last record's line
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(text + (_line(self._last) if self._last else b""))
+        temporary.replace(path)
+        self._file = path.open("r+b", buffering=0)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, record: Record) -> None:
+        """Write a record, or add its fields to the last one if that has the same step."""
+        if self._last.get("step") == record["step"]:
+            record = {**self._last, **record}
+        else:
+            self._start = self._file.seek(0, os.SEEK_END)
+        self._file.seek(self._start)
+        self._file.write(_line(record))  # one call: a kill does not leave half an old line
+        self._file.truncate()
+        self._last = record
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(record: Record) -> bytes:
+    """JSON has no NaN and no infinity: they are written as null."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"

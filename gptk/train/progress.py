@@ -1,0 +1,92 @@
+"""What a run shows while it runs: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+LINE_SECONDS = 10.0  # between plain lines
+
+
+class Progress:
+    """Shows records of metrics.jsonl as they come; `say` prints a line beside them."""
+
+    def __init__(self, max_steps: int, step: int, bytes_per_token: float, bar: bool | None = None):
+        self.max_steps = max_steps
+        self.first = self.done = step
+        self.nats_per_bpb = bytes_per_token * 0.6931471805599453  # loss / this = bits per byte
+        self.begun = time.monotonic()
+        self.shown = self.begun
+        self._bar: Any = None
+        if sys.stdout.isatty() if bar is None else bar:
+            self._bar = _rich_bar()
+            self._task = self._bar.add_task("", total=max_steps, completed=step, text="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show a step's training record."""
+        self.done = record["step"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, text=self._text(record))
+        elif self.done in (self.first + 1, self.max_steps) or self._line_is_due():
+            self.shown = time.monotonic()
+            self.say(f"step {self.done}/{self.max_steps}  {self._text(record)}  {self._left()}")
+
+    def validated(self, step: int, nats: float, bits_per_byte: float, seconds: float) -> None:
+        """Show a validation result."""
+        self.say(
+            f"step {step}/{self.max_steps}  validation loss {nats:.4f} nats per token, "
+            f"{bits_per_byte:.4f} bits per byte ({seconds:.1f} s)"
+        )
+
+    def _line_is_due(self) -> bool:
+        return time.monotonic() - self.shown >= LINE_SECONDS
+
+    def _text(self, record: dict[str, Any]) -> str:
+        mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.0%}"
+        return (
+            f"loss {record['loss']:.4f}  {record['loss'] / self.nats_per_bpb:.3f} bits/byte  "
+            f"{record['tokens_per_s']:,.0f} tokens/s  MFU {mfu}"
+        )
+
+    def _left(self) -> str:
+        per_step = (time.monotonic() - self.begun) / max(self.done - self.first, 1)
+        return f"{duration((self.max_steps - self.done) * per_step)} left"
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def _rich_bar() -> Any:
+    from rich import progress
+
+    return progress.Progress(
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
