@@ -13,6 +13,7 @@ OPS_DIR = ROOT / "gptk" / "ops"
 FILE_LINES = 500
 LINE_COLUMNS = 100
 REFERENCE_LINES = 40
+KERNEL_LINES = 120
 BANNED_NAMES = {"utils.py", "helpers.py", "misc.py", "triton.py", "torch.py"}
 
 FOLDERS = ("gptk", "csrc", "tests", "benchmarks", "docs", ".ci")
@@ -109,6 +110,19 @@ def test_a_reference_is_short():
             if isinstance(node, ast.FunctionDef):
                 lines = code_lines(node, source)
                 if lines > REFERENCE_LINES:
+                    too_long[f"{name(path)}:{node.name}"] = lines
+    assert too_long == {}
+
+
+def test_a_triton_kernel_fits_two_screens():
+    too_long = {}
+    for path in PACKAGE:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > KERNEL_LINES:
                     too_long[f"{name(path)}:{node.name}"] = lines
     assert too_long == {}
 
