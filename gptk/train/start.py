@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def run(request: Request) -> int:
         ConfigError: the request cannot be met; nothing was trained.
         CheckpointError: no usable checkpoint, or a save failed.
     """
+    with opened(request) as a_run:
+        return train_and_show(a_run)
+
+
+@contextlib.contextmanager
+def opened(request: Request) -> Iterator[Run]:
+    """The run that `request` asks for, at step 0 or where its newest checkpoint is, locked."""
     path, settings = folder.prepare(request)
     check_backend(settings.run.backend)
     device = hardware.choose_device(settings.run.device)
@@ -45,20 +53,27 @@ def run(request: Request) -> int:
         resumed = checkpoint.newest(root, print) if request.resume is not None else None
         if request.resume is not None and resumed is None:
             print(f"{path} has no checkpoint yet: starting at step 0")
-        tokenizer = resumed / state.TOKENIZER if resumed else None
-        data = load_data(settings, tokenizer)
+        data = load_data(settings, resumed / state.TOKENIZER if resumed else None)
         a_run = _assemble(path, settings, data, device, dtype, resumed)
-        folder.save_config(path, settings)
-        data.save_tokenizer(path / state.TOKENIZER)
-        for line in describe(a_run, dtype, dtype_reason, resumed):
-            print(line)
-        sys.stdout.flush()
-        return _train_and_show(a_run)
+        try:
+            folder.save_config(path, settings)
+            data.save_tokenizer(path / state.TOKENIZER)
+            for line in describe(a_run, dtype, dtype_reason, resumed):
+                print(line)
+            sys.stdout.flush()
+            yield a_run
+        finally:
+            a_run.metrics.close()
 
 
 def check_backend(name: str) -> None:
     """ConfigError with the reason and the remedy unless the named backend can run here."""
-    reason = None if name == "auto" else contract.availability(name)
+    try:
+        reason = contract.availability("cpp" if name == "auto" else name)
+    except ValueError as error:  # GPTK_ISA names what this CPU or build does not have
+        raise ConfigError(f"--backend {name}: {error}") from None
+    if name == "auto":
+        return
     if reason is not None:
         raise ConfigError(f"--backend {name}: {reason}")
 
@@ -168,7 +183,7 @@ def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) 
     ]
 
 
-def _train_and_show(a_run: Run) -> int:
+def train_and_show(a_run: Run) -> int:
     """Train, then draw the curve, sample, and say where everything is."""
     failed = ""
     with Stop() as stop, a_run.progress:
@@ -176,8 +191,6 @@ def _train_and_show(a_run: Run) -> int:
             train(a_run, stop)
         except NonFinite as error:
             failed = str(error)
-        finally:
-            a_run.metrics.close()
     if failed:
         print(f"gptk train: {failed}", file=sys.stderr)
         return 1

@@ -33,8 +33,8 @@ def test_rises_to_the_maximum_once_then_falls_and_stays(warmup, max_steps, min_l
     if min_lr < 1e-3:
         assert lrs.count(1e-3) == 1
         assert all(a > b for a, b in pairwise(lrs[peak : max_steps + 1]))
+        assert peak == max(0, min(warmup, max_steps) - 1)
     assert all(a <= b for a, b in pairwise(lrs[: peak + 1]))
-    assert peak == max(0, min(warmup, max_steps) - 1)
 
 
 def test_values_of_a_small_schedule():
