@@ -54,7 +54,7 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    """One CMake tree per Python version in build/, kept, so that rebuilding compiles what changed."""
+    """One CMake tree per Python version in build/, kept: a rebuild compiles what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -100,10 +100,7 @@ class CMakeBuild(build_ext):
 
 reason = reason_for_pure_python()
 if reason:
-    print(
-        f"gptk: installing without the C++ extension because {reason}; backend='cpp' will be missing",
-        flush=True,
-    )
+    print(f"gptk: installing without the C++ extension (backend cpp): {reason}", flush=True)
 setup(
     ext_modules=[] if reason else [CMakeExtension("gptk._C")],
     cmdclass={} if reason else {"build_ext": CMakeBuild},

@@ -1,6 +1,7 @@
-// Python to C: positional arguments in the struct's field order, addresses as integers (0 = NULL). Knows no maths and
-// checks nothing: gptk/ops/<op>/cpp_impl.py has already chosen shapes and dtypes. The GIL is released while a kernel
-// runs.
+// Python to C: positional arguments in the struct's field order, addresses as integers (0 = NULL).
+// Knows no maths and checks nothing: gptk/ops/<op>/cpp_impl.py has already chosen shapes and
+// dtypes. The GIL is released while a kernel runs.
+#include "attention_plan.h"
 #include "gptk.h"
 
 #include <pybind11/pybind11.h>
@@ -98,6 +99,23 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "cross_entropy_backward", gptk_cross_entropy_backward, &A::dlogits, &A::dloss,
          &A::logits, &A::target, &A::lse, &A::N, &A::V, &A::logits_stride, &A::ignore_index,
          &A::label_smoothing, &A::logits_dtype, &A::threads);
+  }
+  {
+    using A = gptk_attention_forward_args;
+    bind(m, "attention_forward", gptk_attention_forward, &A::out, &A::lse, &A::scratch, &A::q,
+         &A::k, &A::v, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk, &A::D, &A::Dv, &A::q_b, &A::q_h,
+         &A::q_t, &A::k_b, &A::k_h, &A::k_t, &A::v_b, &A::v_h, &A::v_t, &A::window, &A::scale,
+         &A::dropout_p, &A::seed, &A::causal, &A::dtype, &A::threads);
+    m.def("attention_forward_scratch", &gptk::attention_plan::attention_forward_scratch);
+  }
+  {
+    using A = gptk_attention_backward_args;
+    bind(m, "attention_backward", gptk_attention_backward, &A::dq, &A::dk, &A::dv, &A::scratch,
+         &A::dout, &A::q, &A::k, &A::v, &A::out, &A::lse, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk,
+         &A::D, &A::Dv, &A::dout_b, &A::dout_h, &A::dout_t, &A::q_b, &A::q_h, &A::q_t, &A::k_b,
+         &A::k_h, &A::k_t, &A::v_b, &A::v_h, &A::v_t, &A::out_b, &A::out_h, &A::out_t, &A::window,
+         &A::scale, &A::dropout_p, &A::seed, &A::causal, &A::dtype, &A::threads);
+    m.def("attention_backward_scratch", &gptk::attention_plan::attention_backward_scratch);
   }
   {
     using A = gptk_adamw_update_args;

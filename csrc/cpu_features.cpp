@@ -1,7 +1,7 @@
-// CPUID and XGETBV. A feature counts only when the CPU has it AND the operating system saves the registers it uses:
-// a kernel booted without AVX-512 state (XCR0) faults on the first zmm instruction although CPUID lists it.
+// CPUID and XGETBV. A feature counts only when the CPU has it AND the operating system saves the
+// registers it uses: a kernel booted without AVX-512 state (XCR0) faults on the first zmm
+// instruction although CPUID lists it. Built with no ISA flags.
 // Source: Intel SDM volume 1, sections 13.2 and 15.2-15.4; volume 2A, CPUID leaves 1 and 7.
-// Built with no ISA flags.
 #include "cpu_features.h"
 
 #if defined(__x86_64__) || defined(__i386__)

@@ -1,5 +1,5 @@
-// Chooses the table of the best instruction set once, when the library is loaded; a call is then one indirect jump.
-// Built with no ISA flags, so that nothing here can fault on an older CPU.
+// Chooses the table of the best instruction set once, when the library is loaded; a call is then
+// one indirect jump. Built with no ISA flags, so that nothing here can fault on an older CPU.
 #include "dispatch.h"
 
 #include "cpu_features.h"

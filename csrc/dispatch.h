@@ -3,7 +3,8 @@
 
 #include "gptk.h"
 
-// X(isa, whether this CPU can run it). CMake defines GPTK_HAVE_<isa> for those that the compiler could build.
+// X(isa, whether this CPU can run it). CMake defines GPTK_HAVE_<isa> for those that the compiler
+// could build.
 #ifdef GPTK_HAVE_avx2
 #define GPTK_ISA_AVX2(X) X(avx2, cpu.avx2)
 #else

@@ -1,15 +1,18 @@
-/* The native contract: one POD argument struct and one entry point per kernel. Plain C, no torch, no pybind.
+/* The native contract: one POD argument struct and one entry point per kernel. Plain C, no torch,
+   no pybind.
 
    Rules that hold for every struct:
-   - Field order: outputs, scratch, inputs, sizes, scalars, dtypes, threads. NULL means "not given / not wanted" where a
-     comment says "or NULL".
-   - Tensors are contiguous, row-major, unless a stride is given; strides and sizes count elements and are int64.
-   - A void* field has the dtype named beside it: a GPTK_* code field, or "acc" = double when the main input is
-     GPTK_FLOAT64, else float. Sums, statistics and softmax are carried in acc.
-   - Outputs are written whole, inputs never; an output may alias an input only where a comment says so.
-   - Results do not depend on `threads`: every reduction tree is fixed by the sizes (and by `groups`, itself a function
-     of the sizes).
-   - Dropout keeps (row, column) by the Philox rule of philox.h; kept values are scaled by 1 / (1 - dropout_p). */
+   - Field order: outputs, scratch, inputs, sizes, scalars, dtypes, threads. NULL means "not given"
+     or "not wanted" where a comment says "or NULL".
+   - Tensors are contiguous, row-major, unless a stride is given; strides and sizes count elements.
+   - A void* field has the dtype named beside it: a GPTK_* code field, or "acc" = double when the
+     main input is GPTK_FLOAT64, else float. Sums, statistics and softmax are carried in acc.
+   - Outputs are written whole, inputs never; an output aliases an input only where this file says
+     that it may.
+   - Results do not depend on `threads`: every reduction tree is fixed by the sizes (and by
+     `groups`, itself a function of the sizes).
+   - Dropout keeps (row, column) by the Philox rule of philox.h and scales what it keeps by
+     1 / (1 - dropout_p). */
 #ifndef GPTK_H
 #define GPTK_H
 
@@ -18,7 +21,8 @@
 enum { GPTK_FLOAT32 = 0, GPTK_BFLOAT16 = 1, GPTK_FLOAT16 = 2, GPTK_FLOAT64 = 3 };
 enum { GPTK_IDENTITY = 0, GPTK_GELU = 1, GPTK_GELU_TANH = 2 };
 
-/* h = residual + dropout(x), y = (h - mean) * rstd * weight + bias; without residual h is x and is not written. */
+/* h = residual + dropout(x), y = (h - mean) * rstd * weight + bias; without residual h is x and is
+   not written. */
 struct gptk_layer_norm_forward_args {
   void* y;              /* (M, N) h_dtype */
   void* h;              /* (M, N) h_dtype, or NULL without residual */
@@ -35,7 +39,8 @@ struct gptk_layer_norm_forward_args {
   int32_t threads;
 };
 
-/* dresidual = d(layer norm)/dh . dy + dh, dx = dropout mask * dresidual, dweight = sum_rows dy * xhat, dbias = sum_rows dy */
+/* dresidual = d(layer norm)/dh . dy + dh, dx = dropout mask * dresidual, dweight = sum_rows dy *
+   xhat, dbias = sum_rows dy */
 struct gptk_layer_norm_backward_args {
   void* dx;           /* (M, N) x_dtype, or NULL */
   void* dresidual;    /* (M, N) residual_dtype, or NULL */
@@ -66,7 +71,8 @@ struct gptk_activation_forward_args {
   int32_t threads;
 };
 
-/* dpre = dy * activation'(pre), y = activation(pre) once more, dbias = sum_rows dpre (before dpre is rounded) */
+/* dpre = dy * activation'(pre), y = activation(pre) once more, dbias = sum_rows dpre (before dpre
+   is rounded) */
 struct gptk_activation_backward_args {
   void* dpre;      /* (M, N) dpre_dtype, or NULL; may be dy itself when the dtypes agree */
   void* y;         /* (M, N) dpre_dtype, or NULL */
@@ -79,7 +85,8 @@ struct gptk_activation_backward_args {
   int32_t threads;
 };
 
-/* loss = lse - (1 - s) * z[target] - s / V * sum(z); 0 where target == ignore_index; NaN for any other target outside [0, V) */
+/* loss = lse - (1 - s) * z[target] - s / V * sum(z); 0 where target == ignore_index; NaN for any
+   other target outside [0, V) */
 struct gptk_cross_entropy_forward_args {
   void* loss;            /* (N,) acc */
   void* lse;             /* (N,) acc, natural logarithm */
@@ -91,7 +98,8 @@ struct gptk_cross_entropy_forward_args {
   int32_t threads;
 };
 
-/* dlogits = dloss * (exp(z - lse) - (1 - s) * [column == target] - s / V); exactly 0 in ignored rows */
+/* dlogits = dloss * (exp(z - lse) - (1 - s) * [column == target] - s / V); exactly 0 in ignored
+   rows */
 struct gptk_cross_entropy_backward_args {
   void* dlogits; /* (N, V) logits_dtype, contiguous; may be logits itself when logits_stride == V */
   const void* dloss;     /* (N,) acc */
@@ -101,6 +109,45 @@ struct gptk_cross_entropy_backward_args {
   int64_t N, V, logits_stride, ignore_index;
   double label_smoothing;
   int32_t logits_dtype;
+  int32_t threads;
+};
+
+/* out = dropout(softmax(scale q k^T, masked)) v, never storing Tq x Tk. Query head h reads key head h / (H / Hkv).
+   causal: query i sees keys j <= i + Tk - Tq; window > 0: only the last `window` of those. A row without keys: out 0,
+   lse -inf. Dropout row (b * H + h) * Tq + i, column j. q, k, v: columns adjacent, strides <x>_b, <x>_h, <x>_t. */
+struct gptk_attention_forward_args {
+  void* out;     /* (B, Tq, H, Dv) dtype */
+  void* lse;     /* (B, H, Tq) acc: log of the sum of exponentials, before dropout */
+  void* scratch; /* (threads, attention_forward_scratch) acc: see attention_plan.h */
+  const void* q; /* (B, H, Tq, D) dtype */
+  const void* k; /* (B, Hkv, Tk, D) dtype */
+  const void* v; /* (B, Hkv, Tk, Dv) dtype */
+  int64_t B, H, Hkv, Tq, Tk, D, Dv;
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t;
+  int64_t window; /* 0: none */
+  double scale, dropout_p;
+  uint64_t seed;
+  int32_t causal, dtype;
+  int32_t threads;
+};
+
+struct gptk_attention_backward_args {
+  void* dq;            /* (B, Tq, H, D) dtype, or NULL */
+  void* dk;            /* (B, Tk, Hkv, D) dtype, or NULL */
+  void* dv;            /* (B, Tk, Hkv, Dv) dtype, or NULL */
+  void* scratch;       /* (attention_backward_scratch,) acc: see attention_plan.h */
+  const void* dout;    /* (B, H, Tq, Dv) dtype */
+  const void* q;       /* (B, H, Tq, D) dtype */
+  const void* k;       /* (B, Hkv, Tk, D) dtype */
+  const void* v;       /* (B, Hkv, Tk, Dv) dtype */
+  const void* out;     /* (B, H, Tq, Dv) dtype */
+  const void* lse;     /* (B, H, Tq) acc */
+  int64_t B, H, Hkv, Tq, Tk, D, Dv;
+  int64_t dout_b, dout_h, dout_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t;
+  int64_t window; /* 0: none */
+  double scale, dropout_p;
+  uint64_t seed;
+  int32_t causal, dtype;
   int32_t threads;
 };
 
@@ -143,8 +190,8 @@ struct gptk_keep_mask_args {
   int32_t threads;
 };
 
-/* Every kernel, once. X(op) stands for: struct gptk_<op>_args, the C entry point gptk_<op> below, and one function
-   gptk::<isa>::<op> per instruction set in csrc/cpu. */
+/* Every kernel, once. X(op) stands for: struct gptk_<op>_args, the C entry point gptk_<op> below,
+   and one function gptk::<isa>::<op> per instruction set in csrc/cpu. */
 #define GPTK_OPS(X)         \
   X(layer_norm_forward)     \
   X(layer_norm_backward)    \
@@ -152,6 +199,8 @@ struct gptk_keep_mask_args {
   X(activation_backward)    \
   X(cross_entropy_forward)  \
   X(cross_entropy_backward) \
+  X(attention_forward)      \
+  X(attention_backward)     \
   X(adamw_update)           \
   X(adamw_norm)             \
   X(keep_mask)
@@ -164,12 +213,14 @@ extern "C" {
 GPTK_OPS(GPTK_DECLARE)
 #undef GPTK_DECLARE
 
-/* Instruction sets, lowest first: those compiled in and supported by this CPU and operating system. */
+/* Instruction sets, lowest first: those compiled in and supported by this CPU and operating system.
+ */
 int gptk_isa_count(void);
 const char* gptk_isa_name(int level); /* 0 <= level < gptk_isa_count() */
 
-/* Uses the named instruction set from now on. Returns 0, or -1 (and changes nothing) for a name not listed above. The
-   best one is in use before the first call. Not to be called while a kernel runs. */
+/* Uses the named instruction set from now on. Returns 0, or -1 (and changes nothing) for a name not
+   listed above. The best one is in use before the first call. Not to be called while a kernel runs.
+ */
 int gptk_isa_select(const char* name);
 const char* gptk_isa_selected(void);
 

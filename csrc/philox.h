@@ -1,8 +1,8 @@
-/* Philox4x32-10, the one random generator, shared by CPU and CUDA. Counter-based: a keep mask is a pure function of
-   (seed, row, column), so backward draws it again instead of storing it.
+/* Philox4x32-10, the one random generator, shared by CPU and CUDA. Counter-based: a keep mask is a
+   pure function of (seed, row, column), so backward draws it again instead of storing it.
 
-     key = (seed low 32, seed high 32)     counter = (column >> 2, row low 32, row high 32, 0)     lane = column & 3
-     keep iff value >= round(p * 2^32)
+     key = (seed low 32, seed high 32)    counter = (column >> 2, row low 32, row high 32, 0)
+     lane = column & 3                    keep iff value >= round(p * 2^32)
 
    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). */
 #ifndef GPTK_PHILOX_H
@@ -42,7 +42,8 @@ GPTK_HOST_DEVICE static inline void gptk_philox(uint32_t key0, uint32_t key1, ui
   counter[3] = c3;
 }
 
-/* round(p * 2^32), ties to even: 0 keeps everything, 2^32 (p = 1) nothing. p * 2^32 is exact, adding 2^52 rounds. */
+/* round(p * 2^32), ties to even: 0 keeps everything, 2^32 (p = 1) nothing. p * 2^32 is exact,
+ * adding 2^52 rounds. */
 GPTK_HOST_DEVICE static inline uint64_t gptk_keep_threshold(double p) {
   volatile double rounded = p * 4294967296.0 + 4503599627370496.0;
   return (uint64_t)(rounded - 4503599627370496.0);

@@ -5,8 +5,9 @@
 //   p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 //
 // p is the float master where there is one; the parameter is then its rounding.
-// Threads: one parallel region over pieces of GPTK_NORM_BLOCK elements of all tensors together. An element depends on
-// itself alone; the norm adds pieces, then their sums in order, in double: 1e20 squared does not overflow.
+// Threads: one parallel region over pieces of GPTK_NORM_BLOCK elements of all tensors together. An
+// element depends on itself alone; the norm adds pieces, then their sums in order, in double: 1e20
+// squared does not overflow.
 // Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2.
 #include "blocks.h"
 
@@ -18,7 +19,8 @@ using Tensor = gptk_adamw_tensor;
 
 int64_t pieces_of(const Tensor& t) { return (t.numel + GPTK_NORM_BLOCK - 1) / GPTK_NORM_BLOCK; }
 
-// f(tensor, piece) for every piece of every tensor; piece counts through all of them. Threads take runs of 8 pieces.
+// f(tensor, piece) for every piece of every tensor; piece counts through all of them. Threads take
+// runs of 8 pieces.
 template <typename F>
 void for_pieces(const Tensor* tensors, int64_t count, int threads, const F& f) {
   int64_t pieces = 0, elements = 0;

@@ -1,8 +1,9 @@
-// Rows in blocks of accumulation values, whatever their storage dtype, so that a row kernel is written once.
+// Rows in blocks of accumulation values, whatever their storage dtype, so that a row kernel is
+// written once.
 //
-// read_block gives a pointer to A values: into the tensor itself when it is stored as A (no copy), else into a scratch
-// array on the stack that the values were converted to. write_block is its counterpart. for_lanes walks a block vector
-// by vector and masks the tail.
+// read_block gives a pointer to A values: into the tensor itself when it is stored as A (no copy),
+// else into a scratch array on the stack that the values were converted to. write_block is its
+// counterpart. for_lanes walks a block vector by vector and masks the tail.
 #pragma once
 
 #include "gptk.h"
@@ -35,8 +36,8 @@ template <typename T> GPTK_INLINE auto load(const T* p, All) -> decltype(load(p)
 }
 template <typename T, typename V> GPTK_INLINE void store(T* p, V v, All) { store(p, v); }
 
-// f(i, lanes, k) for i = 0, L, 2L, ... < n. k in 0..3 names one of four independent accumulators, so that additions
-// need not wait for each other.
+// f(i, lanes, k) for i = 0, L, 2L, ... < n. k in 0..3 names one of four independent accumulators,
+// so that additions need not wait for each other.
 template <typename A, typename F> GPTK_INLINE void for_lanes(int64_t n, const F& f) {
   constexpr int L = Lanes<A>::value;
   int64_t i = 0;
@@ -151,7 +152,8 @@ GPTK_INLINE int64_t group_begin(int64_t M, int64_t groups, int64_t group) {
   return M / groups * group + min(group, M % groups);
 }
 
-// sum (N,) = partial (groups, N) summed over groups in order: the second stage of every sum over rows.
+// sum (N,) = partial (groups, N) summed over groups in order: the second stage of every sum over
+// rows.
 template <typename A>
 void sum_groups(void* sum, int32_t dtype, const A* partial, int64_t groups, int64_t N,
                 int threads) {

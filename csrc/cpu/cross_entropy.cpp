@@ -1,11 +1,12 @@
 // Cross-entropy of rows of logits, forward and backward.
 //
-//   lse = log sum exp z      loss = lse - (1 - s) z[target] - s / V sum(z)         z (N, V), lse, loss (N,)
+//   lse = log sum exp z      loss = lse - (1 - s) z[target] - s / V sum(z)      z (N, V), lse (N,)
 //   dz = dloss (softmax(z) - (1 - s) [column == target] - s / V)
 //
-// Forward reads a row once, block by block: when a block holds a new maximum, the sum so far is rescaled. Backward
-// takes exp(z - lse); where logits are float it also divides by the row's sum of these, because lse, rounded to float,
-// is off by up to 2^-24 |lse| (for |lse| = 1e4 that is 6e-4 in every probability).
+// Forward reads a row once, block by block: when a block holds a new maximum, the sum so far is
+// rescaled. Backward takes exp(z - lse); where logits are float it also divides by the row's sum of
+// these, because lse, rounded to float, is off by up to 2^-24 |lse| (for |lse| = 1e4 that is 6e-4
+// in every probability).
 // A NaN logit makes its own row NaN. A row of -inf has lse = -inf.
 // Threads: rows; every sum has a fixed order within its row.
 #include "blocks.h"

@@ -1,14 +1,16 @@
-// Bias + activation forward, and its backward with the bias gradient: the epilogues of linear and mlp; gelu itself is
-// the case without bias.
+// Bias + activation forward, and its backward with the bias gradient: the epilogues of linear and
+// mlp; gelu itself is the case without bias.
 //
 //   pre = x + bias      y = activation(pre)            x, pre, y, dy (M, N), bias (N,)
 //   dpre = dy * activation'(pre)      dbias = sum over rows of dpre
 //
 //   gelu:       y = x P(Z <= x)                                 slope = P(Z <= x) + x density(x)
 //   gelu_tanh:  y = x sigmoid(2u), u = sqrt(2/pi)(x + 0.044715 x^3)    slope = s + 2 x s (1 - s) u'
-// Beyond +-LIMIT both are x or 0, with slope 1 or 0, to the last bit; so nothing overflows and gelu(-inf) = 0.
+// Beyond +-LIMIT both are x or 0, with slope 1 or 0, to the last bit; so nothing overflows and
+// gelu(-inf) = 0.
 //
-// Threads: pieces of rows; with dbias, `groups` of rows (a function of M) into `partial`, then over groups in order.
+// Threads: pieces of rows; with dbias, `groups` of rows (a function of M) into `partial`, then over
+// groups in order.
 #include "blocks.h"
 #include "vec_math.h"
 

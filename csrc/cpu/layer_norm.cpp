@@ -1,11 +1,15 @@
-// Layer norm over the last dimension, with the residual addition and dropout of a pre-norm block fused in.
+// Layer norm over the last dimension, with the residual addition and dropout of a pre-norm block
+// fused in.
 //
-//   h = residual + dropout(x)      y = (h - mean) * rstd * weight + bias      x, h, y (M, N), weight, bias (N,)
+//   h = residual + dropout(x)      y = (h - mean) * rstd * weight + bias
+//   x, residual, h, y (M, N)       weight, bias (N,)       mean, rstd (M,)
 //
-// Threads: rows; the backward splits them into `groups`, a function of M. dweight and dbias are summed group by group
-// into `partial` and then over groups in order, so no result depends on the number of threads.
-// Statistics: mean first, then the variance about it, then both corrected by the mean of the deviations (that is zero
-// in exact arithmetic); block sums are added in double. A mean far from 0 costs no digits of the variance.
+// Threads: rows; the backward splits them into `groups`, a function of M. dweight and dbias are
+// summed group by group into `partial` and then over groups in order, so no result depends on the
+// number of threads.
+// Statistics: mean first, then the variance about it, then both corrected by the mean of the
+// deviations (that is zero in exact arithmetic); block sums are added in double. A mean far from 0
+// costs no digits of the variance.
 #include "blocks.h"
 #include "dropout.h"
 

@@ -1,6 +1,7 @@
-// exp, erfc and log on vectors and scalars. NaN stays NaN; overflow gives infinity, underflow 0, as in libm.
+// exp, the normal tail, log, and the product that random numbers are made of.
+// NaN stays NaN; overflow gives infinity, underflow 0, as in libm.
 //
-// float:  own polynomials, fitted to the function by Chebyshev interpolation in 40-digit arithmetic.
+// float:  polynomials fitted to the function by Chebyshev interpolation in 40-digit arithmetic.
 // double: libm, lane by lane. Double is there for gradcheck, not for speed.
 #pragma once
 
@@ -55,6 +56,19 @@ GPTK_INLINE VecD normal_tail(VecD x, VecD) {
   for (int i = 0; i < Lanes<double>::value; i++)
     x[i] = 0.5 * __builtin_erfc(x[i] * 0.70710678118654752440);
   return x;
+}
+
+// Lane by lane, the 64-bit product of the low halves of a and b; the high halves do not count.
+GPTK_INLINE VecU64 multiply_low_halves(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return (VecU64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (VecU64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
 }
 
 GPTK_INLINE float log(float x) { return __builtin_logf(x); }
