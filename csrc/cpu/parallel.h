@@ -23,19 +23,25 @@ namespace gptk {
 namespace GPTK_ISA {
 namespace {
 
-// f(i) for i in [0, n). Calls may differ in cost (causal attention): threads take the next one
-// when they are free, in increasing order.
-template <typename F> void parallel_for(int64_t n, int num_threads, const F& f) {
+// f(i, thread) for i in [0, n); 0 <= thread < num_threads names the scratch memory of the call.
+// Calls may differ in cost (causal attention): threads take the next one when they are free, in
+// increasing order.
+template <typename F> void parallel_for_threads(int64_t n, int num_threads, const F& f) {
 #ifdef _OPENMP
   if (num_threads > 1 && n > 1 && !omp_in_parallel()) {
     int threads = n < num_threads ? static_cast<int>(n) : num_threads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < n; i++) f(i);
+    for (int64_t i = 0; i < n; i++) f(i, omp_get_thread_num());
     return;
   }
 #endif
   (void)num_threads;
-  for (int64_t i = 0; i < n; i++) f(i);
+  for (int64_t i = 0; i < n; i++) f(i, 0);
+}
+
+// f(i) for i in [0, n).
+template <typename F> void parallel_for(int64_t n, int num_threads, const F& f) {
+  parallel_for_threads(n, num_threads, [&](int64_t i, int) { f(i); });
 }
 
 // Rows [0, n) in chunks of chunk_rows: f(chunk, begin, end). For reductions over rows: chunk_rows

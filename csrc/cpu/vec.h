@@ -91,7 +91,8 @@ template <typename T> using Acc = typename AccOf<T>::type;
 // --- arithmetic ----------------------------------------------------------------------------
 
 template <typename A> GPTK_INLINE Vec<A> zero() { return Vec<A>{}; }
-template <typename A> GPTK_INLINE Vec<A> broadcast(A x) { return Vec<A>{} + x; }
+// x - 0 is x for every x, so compilers drop it; 0 + x would turn -0 into 0 and cost an addition.
+template <typename A> GPTK_INLINE Vec<A> broadcast(A x) { return x - Vec<A>{}; }
 
 GPTK_INLINE VecF select(VecI32 mask, VecF yes, VecF no) { return mask ? yes : no; }
 GPTK_INLINE VecD select(VecI64 mask, VecD yes, VecD no) { return mask ? yes : no; }
@@ -173,9 +174,7 @@ template <typename V> GPTK_INLINE auto hmax(V v) -> decltype(v[0] + 0) {
 
 // --- conversions ---------------------------------------------------------------------------
 
-GPTK_INLINE VecF widen(VecU16 h, bf16) {
-  return (VecF)(__builtin_convertvector(h, VecU32) << 16);
-}
+GPTK_INLINE VecF widen(VecU16 h, bf16) { return (VecF)(__builtin_convertvector(h, VecU32) << 16); }
 
 GPTK_INLINE VecU16 narrow(VecF x, bf16) {
   VecU32 u = (VecU32)x;
@@ -299,7 +298,7 @@ template <typename Half> GPTK_INLINE float to_acc(Half x) { return load(&x, 1)[0
 GPTK_INLINE void store_one(float* p, float x) { *p = x; }
 GPTK_INLINE void store_one(double* p, double x) { *p = x; }
 template <typename Half> GPTK_INLINE void store_one(Half* p, float x) {
-  p->bits = narrow(VecF{} + x, Half())[0];
+  p->bits = narrow(broadcast(x), Half())[0];
 }
 
 }  // namespace

@@ -5,10 +5,14 @@ only the last w of these. A program owns a tile of one side and visits the tiles
 that it sees at all; those it sees in full need no mask, so they have a loop of their own.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from gptk.ops.triton_launch import INTERPRETED, widen
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -146,17 +150,25 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def dot_seen(a, b, seen, acc):
-    """acc + a @ b where a is 0 wherever `seen` is false, and what is not seen has no effect.
+def finite_or_zero(b, dtype: tl.constexpr):
+    """b with 0 in place of NaN and inf, which would reach rows that do not see them: 0 * NaN."""
+    return tl.where(tl.abs(widen(b, dtype)) < float("inf"), b, tl.zeros_like(b))
 
-    0 * NaN is NaN, so a row of b that holds NaN or inf would reach the rows of a that do not see
-    it. If there is one, it is left out of the product and the rows that do see it become NaN.
+
+@triton.jit
+def dot_seen(a, b, seen, acc):
+    """acc + a @ b, where a is 0 if `seen` is false, and what is not seen has no effect.
+
+    The product is that of the finite part of b; then acc[r, d] becomes NaN where row r sees a j
+    with b[j, d] not finite. Sets of j are the bits of an int64, so a tile has at most 64.
     """
+    J: tl.constexpr = b.shape[0]
+    tl.static_assert(J <= 64)
+    acc = dot(a, finite_or_zero(b, acc.dtype), acc)
+    bit = tl.arange(0, J).to(tl.int64)
     finite = tl.abs(widen(b, acc.dtype)) < float("inf")
-    if tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 1:
-        acc = dot(a, b, acc)
-    else:
-        acc = dot(a, tl.where(finite, b, tl.zeros_like(b)), acc)
-        hits = dot(seen.to(tl.float16), (~finite).to(tl.float16), tl.zeros_like(acc).to(tl.float32))
-        acc = tl.where(hits > 0, float("nan"), acc)
+    bad_set = tl.sum((finite == 0).to(tl.int64) << bit[:, None], axis=0)  # (D,)
+    if tl.max((bad_set != 0).to(tl.int32), axis=0) > 0:
+        seen_set = tl.sum(seen.to(tl.int64) << bit[None, :], axis=1)  # (R,)
+        acc = tl.where((seen_set[:, None] & bad_set[None, :]) != 0, float("nan"), acc)
     return acc

@@ -1,0 +1,251 @@
+// Small matrix products on tiles that stay in cache: C = [C +] scale A B, the inner loops of
+// attention.
+//
+// A is read one element at a time and broadcast, B and C by vectors. A's elements may be adjacent
+// along its rows or along its columns, so no product needs a transposed copy of A. B is packed in
+// panels of PANEL = 2 vectors: element (k, n) of a B with K rows lies at
+//
+//   b[(n / PANEL) * K * PANEL + k * PANEL + n % PANEL]
+//
+// which the kernel reads straight through. A kernel call keeps up to KERNEL_ROWS x PANEL sums in
+// registers, over at most DEPTH k: longer sums are added from such parts, which halves the error of
+// one long chain. C has its columns padded to PANEL; what falls into the padding is never used.
+#pragma once
+
+#include "vec.h"
+
+#include <utility>
+
+namespace gptk {
+namespace GPTK_ISA {
+namespace {
+
+// Sums + one row of B + one broadcast element fit the registers: 32 of AVX-512 and aarch64, 16 else.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int KERNEL_ROWS = 8;
+#elif defined(__AVX2__)
+constexpr int KERNEL_ROWS = 6;
+#else
+constexpr int KERNEL_ROWS = 4;
+#endif
+
+constexpr int64_t DEPTH = 128;
+
+template <typename A> struct Panel {
+  static constexpr int value = 2 * Lanes<A>::value;
+};
+
+GPTK_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+GPTK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+GPTK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+enum class Adjacent { columns, rows };  // which elements of A lie side by side
+
+// --- product -------------------------------------------------------------------------------
+
+// Scale and whether to add to what C holds.
+template <typename A> struct Epilogue {
+  A scale;
+  bool add;
+};
+
+// c (M, NV vectors) = [c +] scale sum_k a(m, k) b(k, :). lda: distance of A's rows (or columns).
+template <typename A, int M, int NV, Adjacent SIDE>
+void gemm_kernel(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc,
+                 Epilogue<A> end) {
+  constexpr int W = Lanes<A>::value;
+  Vec<A> sum[M][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) sum[m][v] = zero<A>();
+  for (int64_t k = 0; k < K; k++) {
+    Vec<A> row[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) row[v] = load(b + v * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const Vec<A> x = broadcast(SIDE == Adjacent::rows ? a[m] : a[m * lda]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) sum[m][v] = fma(x, row[v], sum[m][v]);
+    }
+    a += SIDE == Adjacent::rows ? lda : 1;
+    b += Panel<A>::value;
+  }
+  const Vec<A> scale = broadcast(end.scale);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) {
+      A* out = c + m * ldc + v * W;
+      store(out, end.add ? fma(sum[m][v], scale, load(out)) : sum[m][v] * scale);
+    }
+  }
+}
+
+template <typename A, int NV, Adjacent SIDE>
+void gemm_rows(int rows, int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc,
+               Epilogue<A> end) {
+  switch (rows) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  case 8:
+    return gemm_kernel<A, 8, NV, SIDE>(K, a, lda, b, c, ldc, end);
+  case 7:
+    return gemm_kernel<A, 7, NV, SIDE>(K, a, lda, b, c, ldc, end);
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(__AVX2__)
+  case 6:
+    return gemm_kernel<A, 6, NV, SIDE>(K, a, lda, b, c, ldc, end);
+  case 5:
+    return gemm_kernel<A, 5, NV, SIDE>(K, a, lda, b, c, ldc, end);
+#endif
+  case 4:
+    return gemm_kernel<A, 4, NV, SIDE>(K, a, lda, b, c, ldc, end);
+  case 3:
+    return gemm_kernel<A, 3, NV, SIDE>(K, a, lda, b, c, ldc, end);
+  case 2:
+    return gemm_kernel<A, 2, NV, SIDE>(K, a, lda, b, c, ldc, end);
+  case 1:
+    return gemm_kernel<A, 1, NV, SIDE>(K, a, lda, b, c, ldc, end);
+  }
+}
+
+// C (rows.., N) = [C +] scale A B over a block of rows, in steps of at most max_rows.
+// k_range(first, last) gives the k that any row of a step needs: it lets triangles be skipped, and
+// with max_rows = 1 no row meets a k outside its own range.
+template <typename A, Adjacent SIDE, typename KRange>
+void gemm(Range rows, int64_t N, const A* a, int64_t lda, const A* b, int64_t b_rows, A* c,
+          int64_t ldc, Epilogue<A> end, int max_rows, const KRange& k_range) {
+  constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
+  for (int64_t n = 0; n < N; n += PANEL, b += b_rows * PANEL) {
+    for (int64_t m = rows.begin; m < rows.end; m += max_rows) {
+      const int step = static_cast<int>(smaller(max_rows, rows.end - m));
+      const Range range = k_range(m, m + step - 1);
+      Epilogue<A> part = end;
+      for (int64_t k = range.begin; k < range.end; k += DEPTH, part.add = true) {
+        const int64_t depth = smaller(DEPTH, range.end - k);
+        const A* a_step = SIDE == Adjacent::rows ? a + m + k * lda : a + m * lda + k;
+        A* c_step = c + m * ldc + n;
+        if (N - n > W)
+          gemm_rows<A, 2, SIDE>(step, depth, a_step, lda, b + k * PANEL, c_step, ldc, part);
+        else
+          gemm_rows<A, 1, SIDE>(step, depth, a_step, lda, b + k * PANEL, c_step, ldc, part);
+      }
+    }
+  }
+}
+
+// --- packing -------------------------------------------------------------------------------
+// A source is rows of T, row_stride apart, columns adjacent.
+
+// Finite data can be multiplied by a zero weight; NaN and infinity cannot.
+template <typename A> struct FiniteCheck {
+  Vec<A> poison = zero<A>();
+  GPTK_INLINE void see(Vec<A> x) { poison = fma(x, zero<A>(), poison); }
+  GPTK_INLINE bool finite() const {
+    const A sum = hsum(poison);
+    return sum == sum;
+  }
+};
+
+// dst[r * cols + c], for A operands. Returns whether every value is finite.
+template <typename T, typename A>
+bool pack_rows(const T* src, int64_t row_stride, int64_t rows, int64_t cols, A* dst) {
+  constexpr int W = Lanes<A>::value;
+  FiniteCheck<A> check;
+  for (int64_t r = 0; r < rows; r++, src += row_stride, dst += cols) {
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      const Vec<A> x = load(src + c);
+      check.see(x);
+      store(dst + c, x);
+    }
+    if (c < cols) {
+      const Vec<A> x = load(src + c, static_cast<int>(cols - c));
+      check.see(x);
+      store(dst + c, x, static_cast<int>(cols - c));
+    }
+  }
+  return check.finite();
+}
+
+// Panels of a B operand with K = rows, N = cols; padding columns are 0. Returns whether finite.
+template <typename T, typename A>
+bool pack_panels(const T* src, int64_t row_stride, int64_t rows, int64_t cols, A* dst) {
+  constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
+  FiniteCheck<A> check;
+  for (int64_t n = 0; n < cols; n += PANEL) {
+    for (int64_t r = 0; r < rows; r++, dst += PANEL) {
+      const T* row = src + r * row_stride + n;
+      for (int v = 0; v < 2; v++) {
+        const int64_t left = cols - n - v * W;
+        const Vec<A> x = left >= W  ? load(row + v * W)
+                         : left > 0 ? load(row + v * W, static_cast<int>(left))
+                                    : zero<A>();
+        check.see(x);
+        store(dst + v * W, x);
+      }
+    }
+  }
+  return check.finite();
+}
+
+template <bool SECOND, int SPAN, int... I, typename V>
+GPTK_INLINE V exchange(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int W = sizeof...(I);
+#if defined(__clang__)
+  return __builtin_shufflevector(
+      a, b, (SECOND ? ((I & SPAN) ? W + I : I + SPAN) : ((I & SPAN) ? W + I - SPAN : I))...);
+#else
+  typedef decltype(a > b) Index;
+  return __builtin_shuffle(
+      a, b, Index{(SECOND ? ((I & SPAN) ? W + I : I + SPAN) : ((I & SPAN) ? W + I - SPAN : I))...});
+#endif
+}
+
+// Exchanges the off-diagonal SPAN x SPAN blocks of every 2 SPAN x 2 SPAN block of v (W, W), and so
+// on down to single elements: a transpose in log2(W) steps.
+template <int SPAN, int W, typename V> GPTK_INLINE void transpose(V (&v)[W]) {
+  if constexpr (SPAN > 0) {
+    using Lane = std::make_integer_sequence<int, W>;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      if (i & SPAN) continue;
+      const V a = v[i], b = v[i + SPAN];
+      v[i] = exchange<false, SPAN>(a, b, Lane());
+      v[i + SPAN] = exchange<true, SPAN>(a, b, Lane());
+    }
+    transpose<SPAN / 2>(v);
+  }
+}
+
+// One panel of a transposed B operand: dst[c * PANEL + r], r < rows <= PANEL; absent rows are 0.
+template <typename T, typename A>
+void pack_transposed(const T* src, int64_t row_stride, int64_t rows, int64_t cols, A* dst) {
+  constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
+  for (int half = 0; half < PANEL; half += W) {
+    for (int64_t c = 0; c < cols; c += W) {
+      const int width = static_cast<int>(smaller(W, cols - c));
+      Vec<A> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
+        const T* row = src + (half + i) * row_stride + c;
+        v[i] = half + i >= rows ? zero<A>() : width == W ? load(row) : load(row, width);
+      }
+      transpose<W / 2>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++)
+        if (i < width) store(dst + (c + i) * PANEL + half, v[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace GPTK_ISA
+}  // namespace gptk

@@ -1,0 +1,124 @@
+"""attention by the C++ extension (csrc/cpu/attention_*.cpp): addresses, strides and sizes."""
+
+import torch
+from torch import Tensor
+
+from gptk.native import ACC, DTYPE, MASK64, load, threads
+
+SERIAL_BELOW = 1 << 18
+"""Products (B H Tq Tk D) below which waking other threads costs more than they save."""
+
+
+def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+    """Every shape and every dtype of the catalog runs."""
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): out (B, H, Tq, Dv) in (B, Tq, H, Dv) memory, lse (B, H, Tq)."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk, Dv = v.shape[1:]
+    dtype, extension, n_threads = q.dtype, load(), _threads(B * H * Tq * Tk * D)
+    out = torch.empty((B, Tq, H, Dv), dtype=dtype)
+    lse = torch.empty((B, H, Tq), dtype=ACC[dtype])
+    scratch = torch.empty(
+        n_threads * extension.attention_forward_scratch(Tq, D, Dv), dtype=ACC[dtype]
+    )
+    extension.attention_forward(
+        out.data_ptr(),
+        lse.data_ptr(),
+        scratch.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        B,
+        H,
+        Hkv,
+        Tq,
+        Tk,
+        D,
+        Dv,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        window or 0,
+        scale,
+        dropout_p,
+        int(seed) & MASK64 if dropout_p else 0,
+        causal,
+        DTYPE[dtype],
+        n_threads,
+    )
+    return out.transpose(1, 2), lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int | Tensor,
+    window: int | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv), each in (B, T, heads, columns) memory."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk, Dv = v.shape[1:]
+    dtype, extension, n_threads = q.dtype, load(), _threads(B * H * Tq * Tk * D)
+    dq = torch.empty((B, Tq, H, D), dtype=dtype) if needs[0] else None
+    dk = torch.empty((B, Tk, Hkv, D), dtype=dtype) if needs[1] else None
+    dv = torch.empty((B, Tk, Hkv, Dv), dtype=dtype) if needs[2] else None
+    scratch = torch.empty(
+        extension.attention_backward_scratch(B, H, Hkv, Tq, Tk, D, Dv, n_threads), dtype=ACC[dtype]
+    )
+    extension.attention_backward(
+        0 if dq is None else dq.data_ptr(),
+        0 if dk is None else dk.data_ptr(),
+        0 if dv is None else dv.data_ptr(),
+        scratch.data_ptr(),
+        dout.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        B,
+        H,
+        Hkv,
+        Tq,
+        Tk,
+        D,
+        Dv,
+        *dout.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        window or 0,
+        scale,
+        dropout_p,
+        int(seed) & MASK64 if dropout_p else 0,
+        causal,
+        DTYPE[dtype],
+        n_threads,
+    )
+    dq, dk, dv = (None if g is None else g.transpose(1, 2) for g in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _threads(products: int) -> int:
+    return threads() if products >= SERIAL_BELOW else 1

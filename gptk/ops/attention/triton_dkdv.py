@@ -1,0 +1,194 @@
+"""The gradients of attention's keys and values in Triton: a program owns keys and runs over queries.
+
+dk = ds^T q scale, dv = p^T dout: see triton_backward. The heads that share a key head are summed
+inside the program, in order, so no atomics are needed.
+"""
+
+import triton
+import triton.language as tl
+
+from gptk.ops.attention.triton_tiles import (
+    LOG2_E,
+    dot,
+    dot_seen,
+    finite_or_zero,
+    load_tile,
+    masked_start,
+    queries_of,
+    sees,
+    store_tile,
+)
+from gptk.ops.philox_triton import keep_tile, philox_key
+from gptk.ops.triton_launch import narrow
+
+
+def launch_config(D: int, itemsize: int, dropout: bool) -> tuple[int, int, int, int]:
+    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
+    if itemsize == 2:
+        if D <= 64:
+            return 32, 32 if dropout else 64, 4, 2  # the mask's words take registers
+        return (64, 32, 8, 2) if D <= 128 else (32, 16, 8, 1)
+    if itemsize == 4:
+        return (32, 32, 8, 1) if D <= 64 else (16, 32, 8, 1) if D <= 128 else (16, 16, 8, 1)
+    return 16, 16, 4, 1
+
+
+@triton.jit
+def _dkdv_tile(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    start,
+    key,
+    start_k,
+    head,
+    q_stride,
+    dout_stride,
+    Tq,
+    Tk,
+    window,
+    scale,
+    key_low,
+    key_high,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(dk, dv) without their factors, plus what the queries start .. start + BLOCK_Q - 1 give.
+
+    Scores are held transposed, (BLOCK_K, BLOCK_Q), so that p^T and ds^T are operands as they are.
+    """
+    query = start + tl.arange(0, BLOCK_Q)
+    row = head * Tq + query
+    zero = tl.zeros((BLOCK_K, BLOCK_Q), dk.dtype)
+    q = load_tile(q_ptr, start, q_stride, Tq, D, BLOCK_Q, BLOCK_D, MASKED)
+    dout = load_tile(dout_ptr, start, dout_stride, Tq, DV, BLOCK_Q, BLOCK_DV, MASKED)
+    lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0) * LOG2_E
+    delta = tl.load(delta_ptr + row, mask=query < Tq, other=0.0)
+    s = dot(k, tl.trans(q), zero) * scale
+    dp = dot(v, tl.trans(dout), zero)
+    if MASKED:
+        seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+        lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
+    p = tl.exp2(s - lse[None, :])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    p_dropped = p
+    if HAS_DROPOUT:
+        keep = tl.trans(keep_tile(key_low, key_high, row, start_k, threshold, BLOCK_K))
+        p_dropped = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[None, :])
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)
+        dv = dot_seen(narrow(p_dropped, dout.dtype), dout, seen, dv)
+        dk = dot(
+            narrow(ds, q.dtype), finite_or_zero(q, dk.dtype), dk
+        )  # NaN in q: ds is NaN where seen
+    else:
+        dv = dot(narrow(p_dropped, dout.dtype), dout, dv)
+        dk = dot(narrow(ds, q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
+def attention_dkdv_kernel(
+    dk_ptr,  # (B, H // GROUP, Tk, D)
+    dv_ptr,  # (B, H // GROUP, Tk, DV)
+    dout_ptr,  # (B, H, Tq, DV)
+    q_ptr,  # (B, H, Tq, D)
+    k_ptr,  # (B, H // GROUP, Tk, D)
+    v_ptr,  # (B, H // GROUP, Tk, DV)
+    lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
+    delta_ptr,  # (B, H, Tq) accumulator dtype, contiguous
+    dk_strides,
+    dv_strides,
+    dout_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    H,
+    Tq,
+    Tk,
+    window,
+    scale: tl.float64,
+    seed_low,
+    seed_high,
+    threshold: tl.int64,
+    keep_scale: tl.float64,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    tiles = tl.cdiv(Tk, BLOCK_K)
+    start_k = tl.program_id(0) % tiles * BLOCK_K  # the first keys have most queries
+    key = start_k + tl.arange(0, BLOCK_K)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)  # b * (H // GROUP) + kv head
+    b, kv = pair // (H // GROUP), pair % (H // GROUP)
+    k_ptr += b * k_strides[0] + kv * k_strides[1]
+    v_ptr += b * v_strides[0] + kv * v_strides[1]
+    dk_ptr += b * dk_strides[0] + kv * dk_strides[1]
+    dv_ptr += b * dv_strides[0] + kv * dv_strides[1]
+    k = load_tile(k_ptr, start_k, k_strides[2], Tk, D, BLOCK_K, BLOCK_D, True)
+    v = load_tile(v_ptr, start_k, v_strides[2], Tk, DV, BLOCK_K, BLOCK_DV, True)
+    scale_log2 = tl.full((), scale * LOG2_E, ACC)
+    keep_factor = tl.full((), keep_scale, ACC)
+    key_low, key_high = 0, 0
+    if HAS_DROPOUT:
+        key_low, key_high = philox_key(seed_low, seed_high)
+
+    dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
+    first, left, full_start, full_end, masked = queries_of(
+        start_k, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+    )
+    for member in range(0, GROUP):
+        h = kv * GROUP + member
+        head = b * H + h
+        q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
+        dout_head = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+        for start_full in range(full_start, full_end, BLOCK_Q):
+            start = tl.multiple_of(start_full, BLOCK_Q)
+            dk, dv = _dkdv_tile(
+                dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, head,
+                q_strides[2], dout_strides[2], Tq, Tk, window, scale_log2, key_low, key_high,
+                threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K,
+                BLOCK_D, BLOCK_DV, False,
+            )  # fmt: skip
+        for index in tl.range(0, masked, num_stages=1):
+            start = masked_start(index, first, left, full_end, BLOCK_Q)
+            dk, dv = _dkdv_tile(
+                dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, head,
+                q_strides[2], dout_strides[2], Tq, Tk, window, scale_log2, key_low, key_high,
+                threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K,
+                BLOCK_D, BLOCK_DV, True,
+            )  # fmt: skip
+    dk = narrow(dk * tl.full((), scale, ACC), dk_ptr.dtype.element_ty)
+    store_tile(dk_ptr, dk, start_k, dk_strides[2], Tk, D, BLOCK_K, BLOCK_D)
+    if HAS_DROPOUT:
+        dv *= keep_factor
+    dv = narrow(dv, dv_ptr.dtype.element_ty)
+    store_tile(dv_ptr, dv, start_k, dv_strides[2], Tk, DV, BLOCK_K, BLOCK_DV)

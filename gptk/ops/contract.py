@@ -1,0 +1,211 @@
+"""Which implementation runs: resolve(), why_not(), explain(), use_backend().
+
+A named backend runs or raises `Unsupported` with every reason; only `auto` may choose, by the
+catalog's order of preference and its measured crossover sizes, and `explain` says what it chose.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from gptk.ops.catalog import BACKENDS, CROSSOVER, OPS, PREFERENCE, ROWS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_default: contextvars.ContextVar[str] = contextvars.ContextVar("gptk_backend", default="auto")
+
+
+class Unsupported(RuntimeError):
+    """The named backend cannot run this call; the message lists every reason and what can."""
+
+
+def check_backend(name: str) -> str:
+    """Return `name` if it is auto, torch, triton or cpp; otherwise raise ValueError."""
+    if name != "auto" and name not in BACKENDS:
+        allowed = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"backend={name!r} is not a backend; allowed: {allowed}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make `name` the backend of every call in this block that names none itself."""
+    token = _default.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+@functools.cache
+def availability(backend: str) -> str | None:
+    """None if `backend` can run on this machine at all, else one sentence: why not, what to do."""
+    if check_backend(backend) == "cpp":
+        return importlib.import_module("gptk.native").available()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton, Linux only)"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "no GPU that Triton can use; set TRITON_INTERPRET=1 to run the kernels "
+                "in Triton's (slow) interpreter on the CPU, or take --backend=auto"
+            )
+    return None
+
+
+def why_not(
+    op: str, backend: str, device_type: str, dtype: torch.dtype, **traits: object
+) -> str | None:
+    """None if `backend` can run `op` on such tensors, else the reason in one sentence."""
+    row = ROWS.get((op, backend))
+    if row is None:
+        return f"{backend} has no {op}"
+    reason = availability(backend)
+    if reason is not None:
+        return reason
+    if row.devices and device_type not in row.devices:
+        return f"device {device_type} (needs {' or '.join(row.devices)})"
+    name = str(dtype).removeprefix("torch.")
+    if name not in row.dtypes:
+        return f"dtype {name} (supported: {', '.join(row.dtypes)})"
+    if backend == "torch":
+        return None
+    return _module(row.module).unsupported(device_type, dtype, **traits)
+
+
+def resolve(
+    op: str,
+    backend: str | None,
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,
+    **traits: object,
+) -> ModuleType:
+    """The module that runs `op` for this tensor; `traits` are what `unsupported` may ask about.
+
+    Raises Unsupported if a named backend cannot. The reference module stands for torch.
+    """
+    name = backend if backend is not None else _default.get()
+    key = (op, name, tensor.device.type, dtype or tensor.dtype, tuple(traits.items()))
+    candidates = _candidates.get(key)
+    if candidates is None:
+        candidates = _candidates[key] = _resolve(op, name, key[2], key[3], traits)
+    if len(candidates) > 1:
+        size = tensor.numel()
+        for module, least in candidates:
+            if size >= least:
+                return module
+    return candidates[-1][0]
+
+
+_candidates: dict[tuple[Any, ...], list[tuple[ModuleType, int]]] = {}
+
+
+def _resolve(
+    op: str, backend: str, device: str, dtype: torch.dtype, traits: dict[str, object]
+) -> list[tuple[ModuleType, int]]:
+    """(module, fewest elements) in order of preference; the last one takes any size."""
+    names = PREFERENCE.get(device, ("torch",)) if check_backend(backend) == "auto" else (backend,)
+    found = []
+    for name in names:
+        if why_not(op, name, device, dtype, **traits) is None:
+            least = CROSSOVER.get((op, name, device), 0) if backend == "auto" else 0
+            found.append((_module(ROWS[op, name].module), least))
+    if not found:
+        raise Unsupported(_refusal(op, backend, device, dtype, traits))
+    return found
+
+
+def _refusal(
+    op: str, backend: str, device: str, dtype: torch.dtype, traits: dict[str, object]
+) -> str:
+    facts = "".join(f", {k}={v}" for k, v in traits.items())
+    name = str(dtype).removeprefix("torch.")
+    able = [b for b in BACKENDS if why_not(op, b, device, dtype, **traits) is None]
+    return (
+        f"{op}(backend={backend!r}) cannot run on {device} {name}{facts}\n"
+        f"  - {backend}: {why_not(op, backend, device, dtype, **traits)}\n"
+        f"  backends that can: {', '.join(able) or 'none'}.  See: gptk info"
+    )
+
+
+@functools.cache
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(f"gptk.ops.{path}")
+
+
+def is_reference(impl: ModuleType) -> bool:
+    """True for the torch backend: its autograd is torch's own, the call is not wrapped."""
+    return impl.__name__.endswith(".reference")
+
+
+def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = None) -> str:
+    """Say, op by op, which backend runs and why each other does not.
+
+    Args:
+        model: its gptk layers are listed, with the device and dtype of their parameters;
+            None explains every op for float32 on the CPU and, if there is one, on the GPU.
+        dtype: the compute dtype to assume instead (under autocast, say).
+    """
+    asked: dict[tuple[str, str, str, torch.dtype], int] = {}
+    if model is None:
+        for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+            for op in OPS:
+                asked[op, _default.get(), device, dtype or torch.float32] = 1
+    else:
+        place = next(model.parameters(), torch.empty(0))
+        for layer in model.modules():
+            for op in getattr(layer, "ops", ()):
+                backend = getattr(layer, "backend", None) or _default.get()
+                key = (op, backend, place.device.type, dtype or place.dtype)
+                asked[key] = asked.get(key, 0) + 1
+    lines = []
+    for (op, backend, device, kind), count in asked.items():
+        where = f"{device} {str(kind).removeprefix('torch.')}"
+        try:
+            module, _ = _resolve(op, backend, device, kind, {})[0]
+        except Unsupported as error:
+            lines.append(str(error))
+            continue
+        chosen = next(b for b in BACKENDS if ROWS[op, b].module == _below_ops(module))
+        reasons = [(b, why_not(op, b, device, kind)) for b in BACKENDS if b != chosen]
+        others = "; ".join(f"{b}: {r or 'possible, not preferred here'}" for b, r in reasons)
+        times = f" x{count}" if count > 1 else ""
+        lines.append(f"{op}{times} on {where}: {chosen} (asked: {backend}; {others})")
+    return "\n".join(lines)
+
+
+def _below_ops(module: ModuleType) -> str:
+    return module.__name__.removeprefix("gptk.ops.")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that torch.autocast asks matrix-like ops to compute in, or None when it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run an autograd.Function's forward or backward with autocast off: the casts are done."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+        if not on:
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for device in on:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
