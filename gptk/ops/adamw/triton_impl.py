@@ -1,0 +1,344 @@
+"""adamw by Triton: one launch updates every parameter of a group of equal dtypes, in place.
+
+    p = p (1 - lr wd);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    p = p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)                as torch.optim.AdamW
+
+A table of int64 rows, built once per call, holds addresses and sizes; a program looks up in it the
+tensor that its block lies in. Before the update one small launch advances every step counter on
+the device and writes each parameter's coefficients in float64: 1 - 0.999^t formed in float32 would
+be wrong by 6e-5 at t = 1. `skip` is read by the kernels, so nothing waits for the device; the host
+sends two small arrays from pinned memory. The kernels write in place and are therefore never
+autotuned: trial runs would apply the update several times.
+
+norm: squares are summed in float64, per block and then by one program in order: a tree fixed by
+the shapes. No float atomics anywhere. Traffic of an update: g read, p, m, v (and the master) read
+and written, once. The table holds addresses, so a call cannot be captured in a CUDA graph, and the
+interpreter takes CPU tensors only.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptk.ops.adamw.triton_tables import BLOCK, COLUMNS, Group, Scalar, Scalars, send_tables
+from gptk.ops.gelu.triton_impl import TL
+from gptk.ops.triton_launch import ACC, INTERPRETED, launch, narrow, why_not, widen
+
+
+def launch_config() -> dict[str, int]:
+    """Block and warps of the kernels that run over elements."""
+    return {"BLOCK": BLOCK, "num_warps": 8}
+
+
+@triton.jit
+def _find_row(table_ptr, block, tensors, halvings, COLUMNS: tl.constexpr):
+    """The last row whose first block is <= block, by bisection; empty tensors are never it."""
+    low = block * 0  # first block of `low` <= block < first block of `high`
+    high = low + tensors
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        before = tl.load(table_ptr + middle * COLUMNS) <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return table_ptr + low * COLUMNS
+
+
+@triton.jit
+def _is_live(skip_ptr, HAS_SKIP: tl.constexpr):
+    """False if the update is to be skipped; a NaN in skip counts as a reason to."""
+    live = True
+    if HAS_SKIP:
+        live = widen(tl.load(skip_ptr), tl.float32) == 0.0
+    return live
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def _prepare_kernel(
+    coefficients_ptr,  # (tensors, 3) float64: 1 - lr wd, lr / (1 - b1^t), 1 / (1 - b2^t)
+    table_ptr,  # (tensors, 3) int64: address of step, slot of lr, slot of weight decay
+    values_ptr,  # float64: the distinct scalars of the call
+    skip_ptr,  # (), read with HAS_SKIP
+    tensors,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    HAS_SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < tensors
+    step_ptr = tl.load(table_ptr + 3 * i, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    lr = tl.load(values_ptr + tl.load(table_ptr + 3 * i + 1, mask=inside, other=0))
+    decay = tl.load(values_ptr + tl.load(table_ptr + 3 * i + 2, mask=inside, other=0))
+    step = tl.load(step_ptr, mask=inside, other=0.0) + 1.0
+    t = step.to(tl.float64)
+    tl.store(coefficients_ptr + 3 * i, 1.0 - lr * decay, mask=inside)
+    tl.store(coefficients_ptr + 3 * i + 1, lr / (1.0 - tl.exp(t * log_beta1)), mask=inside)
+    tl.store(coefficients_ptr + 3 * i + 2, 1.0 / (1.0 - tl.exp(t * log_beta2)), mask=inside)
+    tl.store(step_ptr, step, mask=inside & _is_live(skip_ptr, HAS_SKIP))
+
+
+@triton.jit
+def _update_block(
+    grad_ptr,
+    param_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    master_ptr,
+    at,
+    inside,
+    multiplier,
+    keep,
+    step_size,
+    inverse,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    HAS_MASTER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One block; keep = 1 - lr wd, inverse = 1 / (1 - b2^t), rest = 1 - beta, all in ACC."""
+    g = widen(tl.load(grad_ptr + at, mask=inside), ACC) * multiplier
+    m = widen(tl.load(exp_avg_ptr + at, mask=inside), ACC)
+    v = widen(tl.load(exp_avg_sq_ptr + at, mask=inside), ACC)
+    if HAS_MASTER:
+        p = widen(tl.load(master_ptr + at, mask=inside), ACC)
+    else:
+        p = widen(tl.load(param_ptr + at, mask=inside), ACC)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    if ACC == tl.float64:
+        root = tl.sqrt(v * inverse)
+    else:
+        root = tl.sqrt_rn(v * inverse)  # tl.sqrt flushes subnormals, which matters for eps = 0
+    p = p * keep - step_size * m / (root + eps)
+    tl.store(exp_avg_ptr + at, narrow(m, exp_avg_ptr.dtype.element_ty), mask=inside)
+    tl.store(exp_avg_sq_ptr + at, narrow(v, exp_avg_sq_ptr.dtype.element_ty), mask=inside)
+    tl.store(param_ptr + at, narrow(p, param_ptr.dtype.element_ty), mask=inside)
+    if HAS_MASTER:
+        tl.store(master_ptr + at, p, mask=inside)
+
+
+@triton.jit
+def _pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a row of the table; ALIGNED promises 16 bytes, for 128-bit accesses."""
+    address = tl.load(row_ptr + column)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit(do_not_specialize=["tensors", "halvings"])
+def _update_kernel(
+    table_ptr,  # (tensors, COLUMNS) int64
+    coefficients_ptr,  # (parameters, 3) float64
+    values_ptr,  # float64; slot 0 is the gradient multiplier
+    skip_ptr,  # (), read with HAS_SKIP
+    tensors,
+    halvings,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps: tl.float64,
+    GRAD: tl.constexpr,
+    PARAM: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    if _is_live(skip_ptr, HAS_SKIP):
+        row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
+        start = (block - tl.load(row_ptr)) * BLOCK
+        n = tl.load(row_ptr + 1)
+        at = start + tl.arange(0, BLOCK)
+        grad_ptr = _pointer(row_ptr, 3, GRAD, ALIGNED)
+        param_ptr = _pointer(row_ptr, 4, PARAM, ALIGNED)
+        exp_avg_ptr = _pointer(row_ptr, 5, EXP_AVG, ALIGNED)
+        exp_avg_sq_ptr = _pointer(row_ptr, 6, EXP_AVG_SQ, ALIGNED)
+        master_ptr = _pointer(row_ptr, 7, tl.float32, ALIGNED)
+        own_ptr = coefficients_ptr + tl.load(row_ptr + 2) * 3
+        keep = tl.load(own_ptr).to(ACC)
+        step_size = tl.load(own_ptr + 1).to(ACC)
+        inverse = tl.load(own_ptr + 2).to(ACC)
+        multiplier = tl.load(values_ptr).to(ACC)
+        # 1 - beta in float64: 1 - 0.999 in float32 is off by 1e-5
+        b1, rest1 = tl.full((), beta1, tl.float64), tl.full((), 1.0 - beta1, tl.float64)
+        b2, rest2 = tl.full((), beta2, tl.float64), tl.full((), 1.0 - beta2, tl.float64)
+        small = tl.full((), eps, tl.float64).to(ACC)
+        b1, rest1, b2, rest2 = b1.to(ACC), rest1.to(ACC), b2.to(ACC), rest2.to(ACC)
+        if start + BLOCK <= n:  # no mask, so wide accesses
+            _update_block(
+                grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, at, None,
+                multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small, HAS_MASTER, ACC,
+            )  # fmt: skip
+        else:
+            _update_block(
+                grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, at, at < n,
+                multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small, HAS_MASTER, ACC,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tensors", "halvings"])
+def _norm_partial_kernel(
+    partial_ptr,  # (blocks,) float64
+    table_ptr,  # (tensors, COLUMNS) int64
+    tensors,
+    halvings,
+    GRAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
+    at = (block - tl.load(row_ptr)) * BLOCK + tl.arange(0, BLOCK)
+    grad_ptr = _pointer(row_ptr, 3, GRAD, False)
+    inside = at < tl.load(row_ptr + 1)
+    if GRAD == tl.float64:
+        g = tl.load(grad_ptr + at, mask=inside, other=0.0)
+    else:
+        g = widen(tl.load(grad_ptr + at, mask=inside, other=0.0), tl.float32).to(tl.float64)
+    tl.store(partial_ptr + block, tl.sum(g * g, 0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _norm_kernel(
+    norm_ptr,  # () float64
+    partial_ptr,  # (n,) float64
+    n,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + at, mask=at < n, other=0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, 0)))
+
+
+def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+    """None, or why this call cannot run."""
+    if dtype not in TL:
+        return f"dtype {dtype} (supported: {', '.join(map(str, TL))})"
+    if INTERPRETED.value and device_type != "cpu":
+        return "TRITON_INTERPRET=1: the interpreter cannot follow addresses on another device"
+    return why_not(device_type)
+
+
+def norm(grads: list[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together: 0-dim float64, never overflowing for float32 ones."""
+    groups: dict[torch.dtype, Group] = {}
+    for index, grad in enumerate(grads):
+        groups.setdefault(grad.dtype, Group([], [])).add(grad.numel(), index, [grad])
+    groups = {dtype: group for dtype, group in groups.items() if sum(group.blocks)}
+    if not groups:
+        return torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
+    device = grads[0].device
+    tables = send_tables(list(groups.values()), [], device)
+    counts = [sum(group.blocks) for group in groups.values()]
+    partials = torch.empty(sum(counts), dtype=torch.float64, device=device)
+    parts = partials.split(counts)
+    for (dtype, group), table, partial in zip(groups.items(), tables, parts, strict=False):
+        tensors = len(group.rows)
+        launch(
+            _norm_partial_kernel,
+            (len(partial),),
+            device,
+            partial,
+            table,
+            tensors,
+            (tensors - 1).bit_length(),
+            GRAD=TL[dtype],
+            COLUMNS=COLUMNS,
+            **launch_config(),
+        )
+    out = torch.empty((), dtype=torch.float64, device=device)
+    launch(_norm_kernel, (1,), device, out, partials, len(partials), BLOCK=1024)
+    return out
+
+
+def update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor | None],
+    steps: list[Tensor],
+    lr: Sequence[Scalar],
+    weight_decay: Sequence[Scalar],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_multiplier: Scalar,
+    skip: Tensor | None,
+) -> None:
+    """One AdamW step, in place on params, exp_avgs, exp_avg_sqs, masters and steps.
+
+    The lists run in parallel over the parameters, all on one device, contiguous. steps are 0-dim
+    float32 and are advanced by one. If skip (0-dim) is not 0, nothing changes.
+    """
+    if not params:
+        return
+    device = params[0].device
+    scalars = Scalars()
+    scalars.slot(grad_multiplier)  # slot 0
+    groups: dict[tuple[torch.dtype | bool, ...], Group] = {}
+    prepare: list[int] = []
+    for i, tensors in enumerate(zip(grads, params, exp_avgs, exp_avg_sqs, masters, strict=True)):
+        prepare += [steps[i].data_ptr(), scalars.slot(lr[i]), scalars.slot(weight_decay[i])]
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        key = (*(t.dtype for t in tensors[:4]), tensors[4] is not None, aligned)
+        groups.setdefault(key, Group([], [])).add(params[i].numel(), i, tensors)
+    groups = {key: group for key, group in groups.items() if sum(group.blocks)}
+    *tables, prepare_table = send_tables(list(groups.values()), prepare, device)
+    values = scalars.send(device)
+    coefficients = torch.empty((len(params), 3), dtype=torch.float64, device=device)
+    log1, log2 = (math.log(b) if b > 0.0 else -math.inf for b in (beta1, beta2))
+    launch(
+        _prepare_kernel,
+        (triton.cdiv(len(params), 128),),
+        device,
+        coefficients,
+        prepare_table,
+        values,
+        skip,
+        len(params),
+        log1,
+        log2,
+        HAS_SKIP=skip is not None,
+        BLOCK=128,
+    )
+    for (key, group), table in zip(groups.items(), tables, strict=True):
+        grad, param, exp_avg, exp_avg_sq, has_master, aligned = key
+        launch(
+            _update_kernel,
+            (sum(group.blocks),),
+            device,
+            table,
+            coefficients,
+            values,
+            skip,
+            len(group.rows),
+            (len(group.rows) - 1).bit_length(),
+            beta1,
+            beta2,
+            eps,
+            GRAD=TL[grad],
+            PARAM=TL[param],
+            EXP_AVG=TL[exp_avg],
+            EXP_AVG_SQ=TL[exp_avg_sq],
+            HAS_MASTER=has_master,
+            HAS_SKIP=skip is not None,
+            ALIGNED=aligned,
+            ACC=TL[ACC[param]],
+            COLUMNS=COLUMNS,
+            **launch_config(),
+        )

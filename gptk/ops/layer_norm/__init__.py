@@ -1,0 +1,145 @@
+"""layer_norm: the contract, its checks and the one autograd.Function."""
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.random import Seed, check_probability, draw_seed
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+    backend: str | None = None,
+) -> Any:
+    """y = (h - mean) / sqrt(var + eps) * weight + bias, h = residual + dropout(input).
+
+    Args:
+        input: (..., *normalized_shape), any strides.
+        normalized_shape: the trailing dimensions that are normalised together.
+        weight, bias: normalized_shape; of h's dtype, or float32 beside a 16-bit h.
+        eps: added to the variance, inside the root.
+        residual: the input's shape; without it h = input.
+        dropout_p: probability of dropping an element of input; needs residual.
+        seed: of the mask (row: leading dimensions flattened); None draws one.
+        backend: auto, torch, triton or cpp.
+
+    Returns:
+        y, or (y, h) with residual; both in the promoted dtype of input and residual.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit. Unsupported: the named backend
+            cannot run this.
+
+    Numerics: statistics in float32 (float64 for float64), from the mean's differences; a
+        constant row gives exactly the bias. Deterministic: reductions are fixed by shape.
+    Memory: reads and writes each element of input, residual, h and y once.
+    """
+    shape = tuple(normalized_shape)
+    _check(input, shape, weight, bias, residual, dropout_p)
+    if autocast_dtype("cuda") is not None and input.device.type == "cuda":
+        input = input.float()  # torch's autocast policy on CUDA
+    if dropout_p and seed is None:
+        seed = draw_seed()
+    impl = resolve("layer_norm", backend, input)
+    seed = 0 if seed is None else seed
+    if is_reference(impl) or input.numel() == 0:
+        from gptk.ops.layer_norm.reference import layer_norm as definition
+
+        return definition(input, shape, weight, bias, eps, residual, dropout_p, seed)
+    return LayerNormFunction.apply(
+        impl, input, math.prod(shape), weight, bias, eps, residual, dropout_p, seed
+    )
+
+
+def _check(
+    input: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+) -> None:
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"normalized_shape {shape} is not the end of {tuple(input.shape)}")
+    if check_probability(dropout_p) and residual is None:
+        raise ValueError("dropout_p drops elements of the branch that is added: give residual=")
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(f"residual {tuple(residual.shape)} for input {tuple(input.shape)}")
+    h = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} for normalized_shape {shape}")
+        if tensor.dtype != h and not (tensor.dtype == torch.float32 and h.itemsize == 2):
+            raise ValueError(f"{name} is {tensor.dtype}, the rows are {h}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Saves h (or the input), weight, mean and rstd, whatever the backend."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any,
+        impl: ModuleType,
+        input: Tensor,
+        N: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        dropout_p: float,
+        seed: Seed,
+    ) -> Any:
+        x = input.reshape(-1, N).contiguous()
+        r = None if residual is None else residual.reshape(-1, N).contiguous()
+        w = None if weight is None else weight.reshape(N).contiguous()
+        b = None if bias is None else bias.reshape(N).contiguous()
+        y, h, mean, rstd = impl.forward(x, w, b, eps, r, dropout_p, seed)
+        ctx.save_for_backward(x if h is None else h, w, mean, rstd)
+        ctx.impl, ctx.dropout_p, ctx.seed = impl, dropout_p, seed
+        ctx.dtypes = (input.dtype, None if residual is None else residual.dtype)
+        ctx.weight_shape = weight.shape if weight is not None else None
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        ctx.set_materialize_grads(False)
+        y = y.view(input.shape)
+        return y if h is None else (y, h.view(input.shape))
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
+        h, weight, mean, rstd = ctx.saved_tensors
+        shape = dy.shape if dy is not None else dh.shape if dh is not None else None
+        if shape is None:
+            return (None,) * 9
+        dy = torch.zeros_like(h) if dy is None else dy.reshape(h.shape).contiguous()
+        dh = None if dh is None else dh.reshape(h.shape).contiguous()
+        need = ctx.needs_input_grad
+        needs = (need[1], need[6], need[3], need[4])
+        dx, dr, dw, db = ctx.impl.backward(
+            dy, dh, h, weight, mean, rstd, *ctx.dtypes, ctx.dropout_p, ctx.seed, needs
+        )
+        dx = None if dx is None else dx.view(shape)
+        dr = None if dr is None else dr.view(shape)
+        dw = None if dw is None else dw.view(ctx.weight_shape)
+        db = None if db is None else db.view(ctx.bias[0]).to(ctx.bias[1])
+        return None, dx, None, dw, db, None, dr, None, None
