@@ -58,6 +58,7 @@ def forward(
     lse = torch.empty_like(loss)
     for rows, logits in _chunks(x, weight):
         losses(loss[rows], lse[rows], logits, bias, target[rows], ignore_index, label_smoothing)
+        del logits  # before the next chunk is formed: one lives at a time
     return loss, lse
 
 
@@ -100,6 +101,7 @@ def backward(
             dweight += product(dlogits.t(), x[rows], acc)
         if dbias is not None:
             dbias += column_sum(dlogits, acc)
+        del logits, dlogits
     if dweight is not None:
         dweight = dweight.to(weight_dtype)
     if dbias is not None:

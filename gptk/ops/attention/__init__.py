@@ -1,0 +1,102 @@
+"""attention: the contract, its checks and the one autograd.Function."""
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.random import Seed, check_probability, draw_seed
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Seed | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = dropout(softmax(scale * q k^T)) v over the keys that each query sees.
+
+    Args:
+        query: (B, H, Tq, D); key: (B, Hkv, Tk, D); value: (B, Hkv, Tk, Dv); any strides; one dtype.
+        causal: query i sees keys 0 .. Tk - Tq + i (bottom-right, unlike torch's SDPA).
+        scale: 1 / sqrt(D) by default.
+        dropout_p, seed: mask row (b * H + h) * Tq + i, column j; None draws a seed.
+        enable_gqa: allow Hkv < H (H % Hkv == 0).
+        window: with causal, query i sees its last `window` keys only.
+        backend: auto, torch, triton or cpp.
+
+    Returns: (B, H, Tq, Dv); rows without keys are 0 and have gradient 0.
+    Raises: ValueError for shapes, dtypes or devices that do not fit. Unsupported: the named
+        backend cannot run this.
+    Memory: the kernels never store the Tq x Tk matrix (the torch definition does).
+    Reference: Dao 2023, https://arxiv.org/abs/2307.08691.
+    """
+    _check(query, key, value, causal, window, enable_gqa)
+    cast = autocast_dtype(query.device.type)
+    if check_probability(dropout_p) and seed is None:
+        seed = draw_seed()
+    seed = 0 if seed is None else seed
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if cast is not None:
+        query, key, value = query.to(cast), key.to(cast), value.to(cast)
+    traits = {"D": query.shape[-1], "Dv": value.shape[-1]}
+    impl = resolve("attention", backend, query, **traits)
+    if is_reference(impl) or 0 in (query.numel(), key.numel(), value.numel()):
+        from gptk.ops.attention.reference import attention as definition
+
+        return definition(query, key, value, causal, scale, dropout_p, seed, window)
+    return AttentionFunction.apply(impl, query, key, value, causal, scale, dropout_p, seed, window)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, enable_gqa: bool
+) -> None:
+    shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"{shapes}: each must be (B, H, T, D)")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{shapes} do not fit together")
+    if q.shape[1] != k.shape[1] and (not enable_gqa or q.shape[1] % max(k.shape[1], 1)):
+        raise ValueError(f"{shapes}: {q.shape[1]} query heads for {k.shape[1]} key heads")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} or devices differ")
+    if window is not None and (not causal or window < 1):
+        raise ValueError(f"window={window} needs causal=True and at least 1")
+
+
+def _last_dim_dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Saves q, k, v, the output and the log-sum-exp of each row."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any, impl: ModuleType, q: Tensor, k: Tensor, v: Tensor, *options: Any
+    ) -> Tensor:
+        q, k, v = _last_dim_dense(q), _last_dim_dense(k), _last_dim_dense(v)
+        out, lse = impl.forward(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.impl, ctx.options = impl, options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        needs = ctx.needs_input_grad[1:4]
+        grads = ctx.impl.backward(_last_dim_dense(dout), *ctx.saved_tensors, *ctx.options, needs)
+        return None, *grads, None, None, None, None, None

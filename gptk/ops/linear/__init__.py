@@ -1,0 +1,99 @@
+"""linear: the contract, its checks and the one autograd.Function."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh")
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = act(input @ weight.T + bias).
+
+    Args:
+        input: (..., K); weight: (N, K); bias: (N,) or None; one dtype, or any under autocast.
+        activation: None, "gelu" (erf) or "gelu_tanh".
+        backend: auto, torch, triton or cpp.
+
+    Returns: (..., N) in the compute dtype (autocast's when it is on).
+    Raises: ValueError for shapes or dtypes that do not fit. Unsupported: the named backend cannot.
+    Numerics: weight and bias gradients leave float32 accumulators in the parameter's own dtype.
+    """
+    check_activation(activation)
+    check_product("weight", input, weight, bias)
+    cast = autocast_dtype(input.device.type)
+    impl = resolve("linear", backend, input, cast)
+    if is_reference(impl) or input.numel() == 0 or weight.numel() == 0:
+        from gptk.ops.linear.reference import linear as definition
+
+        return definition(input, weight, bias, activation)
+    return LinearFunction.apply(impl, input, weight, bias, activation, cast)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ValueError unless the activation is one that the ops know."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}; allowed: None, 'gelu', 'gelu_tanh'")
+
+
+def check_product(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless input (..., K), weight (N, K) and bias (N,) fit together."""
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name} {tuple(weight.shape)} for input {tuple(input.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias {tuple(bias.shape)} for {name} {tuple(weight.shape)}")
+    for other in (weight, bias):
+        if other is None:
+            continue
+        if other.device != input.device:
+            raise ValueError(f"{name} or bias on {other.device}, input on {input.device}")
+        if other.dtype != input.dtype and autocast_dtype(input.device.type) is None:
+            raise ValueError(f"{name} or bias is {other.dtype}, input is {input.dtype}")
+
+
+class LinearFunction(torch.autograd.Function):
+    """Saves the input, the weight and, with an activation, its argument."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any,
+        impl: ModuleType,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        cast: torch.dtype | None,
+    ) -> Tensor:
+        dtype = cast or input.dtype
+        x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
+        w = weight.to(dtype).contiguous()
+        b = None if bias is None else bias.to(dtype).contiguous()
+        y, pre = impl.forward(x, w, b, activation)
+        ctx.save_for_backward(x, w, pre)
+        ctx.impl, ctx.activation, ctx.input = impl, activation, (input.shape, input.dtype)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return y.view(*input.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, w, pre = ctx.saved_tensors
+        dy = dy.reshape(-1, w.shape[0]).contiguous()
+        needs = ctx.needs_input_grad[1:4]
+        dx, dw, db = ctx.impl.backward(dy, x, w, pre, ctx.activation, *ctx.dtypes, needs)
+        shape, dtype = ctx.input
+        return None, None if dx is None else dx.view(shape).to(dtype), dw, db, None, None

@@ -1,0 +1,75 @@
+"""mlp: the contract, its checks and the one autograd.Function."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.ops.linear import check_activation, check_product
+
+
+def mlp(
+    input: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str | None = "gelu_tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """y = act(input @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
+
+    Args:
+        input: (..., C); fc_weight: (F, C); fc_bias: (F,) or None; proj_weight: (N, F);
+            proj_bias: (N,) or None; one dtype, or any under autocast.
+        activation: "gelu_tanh" (GPT-2's), "gelu" (erf) or None.
+        backend: auto, torch, triton or cpp.
+
+    Returns: (..., N) in the compute dtype (autocast's when it is on).
+    Raises: ValueError for shapes or dtypes that do not fit. Unsupported: the named backend cannot.
+    Memory: saves the activation's argument only; backward recomputes the activation.
+    """
+    check_activation(activation)
+    check_product("fc_weight", input, fc_weight, fc_bias)
+    check_product("proj_weight", fc_weight.new_empty(0, fc_weight.shape[0]), proj_weight, proj_bias)
+    cast = autocast_dtype(input.device.type)
+    impl = resolve("mlp", backend, input, cast)
+    if is_reference(impl) or 0 in (input.numel(), fc_weight.numel(), proj_weight.numel()):
+        from gptk.ops.mlp.reference import mlp as definition
+
+        return definition(input, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+    return MlpFunction.apply(
+        impl, input, fc_weight, fc_bias, proj_weight, proj_bias, activation, cast
+    )
+
+
+class MlpFunction(torch.autograd.Function):
+    """Saves the input, both weights and the activation's argument."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(ctx: Any, impl: ModuleType, input: Tensor, *rest: Any) -> Tensor:
+        *parameters, activation, cast = rest
+        dtype = cast or input.dtype
+        x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
+        w1, b1, w2, b2 = (None if p is None else p.to(dtype).contiguous() for p in parameters)
+        y, pre = impl.forward(x, w1, b1, w2, b2, activation)
+        ctx.save_for_backward(x, pre, w1, w2)
+        ctx.impl, ctx.activation, ctx.input = impl, activation, (input.shape, input.dtype)
+        ctx.dtypes = tuple(None if p is None else p.dtype for p in parameters)
+        return y.view(*input.shape[:-1], w2.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, pre, w1, w2 = ctx.saved_tensors
+        dy = dy.reshape(-1, w2.shape[0]).contiguous()
+        needs = ctx.needs_input_grad[1:6]
+        dx, *grads = ctx.impl.backward(dy, x, pre, w1, w2, ctx.activation, ctx.dtypes, needs)
+        shape, dtype = ctx.input
+        return None, None if dx is None else dx.view(shape).to(dtype), *grads, None, None
