@@ -1,0 +1,103 @@
+"""cross_entropy: the contract, its checks and the one autograd.Function."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import _reduction
+
+from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """loss = logsumexp(z) - (1 - s) z[target] - s / V sum(z), per row, then reduced.
+
+    Args:
+        input: (N, V) logits; other shapes, class weights and probability targets run on torch only.
+        target: (N,) int64 class ids, or ignore_index.
+        reduction: "none", "mean" (over the targets that count; nan if none does) or "sum".
+        label_smoothing: s in [0, 1].
+        backend: auto, torch, triton or cpp.
+
+    Returns: as torch.nn.functional.cross_entropy, in the input's dtype (float32 under autocast).
+    Raises: IndexError for a target outside [0, V) on the CPU (on a GPU that row's loss is NaN).
+    Numerics: log-sum-exp and gradient in float32 (float64 for float64).
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce, False)
+    check_reduction(reduction, label_smoothing)
+    if autocast_dtype(input.device.type) is not None:
+        input = input.float()
+    plain = weight is None and input.dim() == 2 and not target.is_floating_point()
+    impl = resolve("cross_entropy", backend, input, plain=plain)
+    if plain:
+        check_targets(target, input.shape[0], input.shape[1], ignore_index)
+    if is_reference(impl) or not plain or input.numel() == 0:
+        from gptk.ops.cross_entropy.reference import cross_entropy as definition
+
+        return definition(input, target, weight, ignore_index, reduction, label_smoothing)
+    loss = CrossEntropyFunction.apply(impl, input, target, ignore_index, label_smoothing)
+    return reduce_rows(loss, target, ignore_index, reduction).to(input.dtype)
+
+
+def check_reduction(reduction: str, label_smoothing: float) -> None:
+    """Raise ValueError unless both are what torch allows."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}; allowed: 'none', 'mean', 'sum'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1]")
+
+
+def check_targets(target: Tensor, N: int, V: int, ignore_index: int) -> None:
+    """Raise unless target is (N,) class ids in [0, V) or ignore_index; ids on the CPU only."""
+    if tuple(target.shape) != (N,):
+        raise ValueError(f"target {tuple(target.shape)} for {N} rows of logits")
+    if target.device.type == "cpu" and N:
+        bad = ((target < 0) | (target >= V)) & (target != ignore_index)
+        if bad.any():
+            raise IndexError(f"target {target[bad][0].item()} is outside [0, {V})")
+
+
+def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The mean over targets that count, the sum, or the rows themselves."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (target != ignore_index).sum()
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """Loss per row, unreduced. Saves the logits, the targets and the log-sum-exp."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any, impl: ModuleType, input: Tensor, target: Tensor, ignore_index: int, smooth: float
+    ) -> Tensor:
+        logits = input if input.stride(-1) == 1 else input.contiguous()
+        target = target.to(torch.int64).contiguous()
+        loss, lse = impl.forward(logits, target, ignore_index, smooth)
+        ctx.save_for_backward(logits, target, lse)
+        ctx.impl, ctx.options = impl, (ignore_index, smooth)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        dlogits = ctx.impl.backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
+        return None, dlogits, None, None, None

@@ -1,0 +1,94 @@
+"""linear_cross_entropy: the contract, its checks and the one autograd.Function."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.ops.cross_entropy import check_reduction, check_targets, reduce_rows
+from gptk.ops.linear import check_product
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(input @ linear_weight.T + linear_bias, target), logits never held as a whole.
+
+    Args:
+        input: (..., C); linear_weight: (V, C); target: (...) int64; linear_bias: (V,) or None.
+        reduction, ignore_index (None: -100), label_smoothing: as in cross_entropy.
+        backend: auto, torch, triton or cpp.
+
+    Returns: the loss, in the input's dtype (float32 under autocast).
+    Memory: one chunk of logits at a time; extra memory does not grow with N * V.
+    """
+    check_reduction(reduction, label_smoothing)
+    check_product("linear_weight", input, linear_weight, linear_bias)
+    ignore = -100 if ignore_index is None else ignore_index
+    cast = autocast_dtype(input.device.type)
+    rows = input.reshape(-1, input.shape[-1])
+    flat = target.reshape(-1)
+    check_targets(flat, rows.shape[0], linear_weight.shape[0], ignore)
+    impl = resolve("linear_cross_entropy", backend, input, cast)
+    options = (ignore, label_smoothing)
+    if is_reference(impl) or input.numel() == 0:
+        from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
+
+        loss = definition(rows, linear_weight, flat, linear_bias, *options)
+    else:
+        loss = LinearCrossEntropyFunction.apply(
+            impl, rows, linear_weight, linear_bias, flat, *options, cast
+        )
+    loss = reduce_rows(loss, flat, ignore, reduction)
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return loss if cast is not None else loss.to(input.dtype)
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """Loss per row, unreduced. Saves the rows, the weight, the targets and the log-sum-exp."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any,
+        impl: ModuleType,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        cast: torch.dtype | None,
+    ) -> Tensor:
+        dtype = cast or input.dtype
+        x, w = input.to(dtype).contiguous(), weight.to(dtype).contiguous()
+        b = None if bias is None else bias.to(dtype).contiguous()
+        target = target.to(torch.int64).contiguous()
+        loss, lse = impl.forward(x, w, b, target, ignore_index, label_smoothing)
+        ctx.save_for_backward(x, w, b, target, lse)
+        ctx.impl, ctx.options = impl, (ignore_index, label_smoothing)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.input_dtype = input.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        needs = ctx.needs_input_grad[1:4]
+        dx, dw, db = ctx.impl.backward(
+            dloss.contiguous(), *ctx.saved_tensors, *ctx.options, *ctx.dtypes, needs
+        )
+        dx = None if dx is None else dx.to(ctx.input_dtype)
+        return None, dx, dw, db, None, None, None, None
