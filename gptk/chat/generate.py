@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptk.model import GPT
+from gptk.text.tokenizer import Tokenizer
 from gptk.train.evaluate import evaluating
 
 
@@ -134,3 +135,20 @@ def generate(
         yield ids[:, 0]
         new = ids.to(device)
         context = torch.cat([context, new], dim=1)[:, -block_size:]
+
+
+def stream(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` in pieces of whole characters, as they are drawn."""
+    ids = torch.tensor([tokenizer.encode(prompt or "\n")])
+    for new in generate(
+        model, ids, max_new_tokens, sampling, seed=seed, vocab_size=tokenizer.vocab_size
+    ):
+        yield tokenizer.decode(new.tolist())

@@ -127,10 +127,10 @@ def _update_block(
 @triton.jit
 def _pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in a row of the table; ALIGNED promises 16 bytes, for 128-bit accesses."""
-    address = tl.load(row_ptr + column)
+    pointer = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit(do_not_specialize=["tensors", "halvings"])

@@ -1,0 +1,48 @@
+"""AdamW: the definition, and the torch backend."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def norm(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together, summed in float64."""
+    device = grads[0].device if grads else None
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for g in grads:
+        total = total + g.double().square().sum()
+    return total.sqrt()
+
+
+def update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_multiplier: float | Tensor,
+    skip: Tensor | None,
+) -> None:
+    """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, in place; skip: no change."""
+    if skip is not None and bool(skip):
+        return
+    rows = zip(params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, weight_decay, strict=True)
+    for p, g, m, v, master, step, rate, decay in rows:
+        step += 1
+        t = float(step)
+        w = p if master is None else master
+        g = g.to(m.dtype) * grad_multiplier
+        w.mul_(1 - rate * decay)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v / (1 - beta2**t)).sqrt_().add_(eps)
+        w.sub_(rate / (1 - beta1**t) * m / denominator)
+        if master is not None:
+            p.copy_(master)
