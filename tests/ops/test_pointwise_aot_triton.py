@@ -54,7 +54,9 @@ def launches(dtype):
         GRAD=tl_dtype, PARAM=tl_dtype, EXP_AVG=moment, EXP_AVG_SQ=moment, HAS_MASTER=half,
         HAS_SKIP=True, ALIGNED=True, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config(),
     )  # fmt: skip
-    norm = dict(GRAD=tl_dtype, COLUMNS=adamw.COLUMNS, **adamw.launch_config())
+    norm = dict(
+        GRAD=tl_dtype, ALIGNED=True, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config()
+    )
     table = ["*i64", "*fp64", "*fp64", "*fp32"]
     return {
         "gelu-forward": (gelu._gelu_forward_kernel, [x, x, "i32"], flat),
@@ -62,9 +64,7 @@ def launches(dtype):
         "linear-backward": (
             linear._activation_backward_kernel,
             [x, x, a, x, x, "i32", "i32"],
-            dict(
-                ACTIVATION="gelu", HAS_ACTIVATION=True, HAS_Y=True, HAS_SUM=True, ROWS=linear.ROWS
-            )
+            dict(ACTIVATION="gelu", HAS_ACTIVATION=True, HAS_Y=True, HAS_SUM=True, ROWS=linear.ROWS)
             | tile,
         ),
         "linear-sum": (linear._sum_partials_kernel, [x, a, "i32", "i32"], tile),
@@ -112,7 +112,9 @@ def compile_all(arch, dtype):
             for i, arg in enumerate(names[: len(types)])
             if (types[i][0] == "*" or types[i] == "i32") and arg not in fixed
         }
-        source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attrs)
+        source = ASTSource(
+            kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attrs
+        )
         ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
         widths = {"ld": 0, "st": 0}
         pattern = r"(ld|st)\.global(?:\.\w+::\w+)*(?:\.L2::\w+)?(?:\.v(\d))?\.[bfsu](\d+)"

@@ -195,19 +195,23 @@ def _norm_partial_kernel(
     tensors,
     halvings,
     GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
-    at = (block - tl.load(row_ptr)) * BLOCK + tl.arange(0, BLOCK)
-    grad_ptr = _pointer(row_ptr, 3, GRAD, False)
-    inside = at < tl.load(row_ptr + 1)
-    if GRAD == tl.float64:
-        g = tl.load(grad_ptr + at, mask=inside, other=0.0)
+    start = (block - tl.load(row_ptr)) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    n = tl.load(row_ptr + 1)
+    grad_ptr = _pointer(row_ptr, 3, GRAD, ALIGNED)
+    if start + BLOCK <= n:
+        g = widen(tl.load(grad_ptr + at), ACC)
     else:
-        g = widen(tl.load(grad_ptr + at, mask=inside, other=0.0), tl.float32).to(tl.float64)
-    tl.store(partial_ptr + block, tl.sum(g * g, 0))
+        g = widen(tl.load(grad_ptr + at, mask=at < n, other=0.0), ACC)
+    wide = g.to(tl.float64)
+    tl.store(partial_ptr + block, tl.sum(wide * wide, 0))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -235,18 +239,20 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
 
 def norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients together: 0-dim float64, never overflowing for float32 ones."""
-    groups: dict[torch.dtype, Group] = {}
+    groups: dict[tuple[torch.dtype, bool], Group] = {}
     for index, grad in enumerate(grads):
-        groups.setdefault(grad.dtype, Group([], [])).add(grad.numel(), index, [grad])
-    groups = {dtype: group for dtype, group in groups.items() if sum(group.blocks)}
+        key = (grad.dtype, grad.data_ptr() % 16 == 0)
+        groups.setdefault(key, Group([], [])).add(grad.numel(), index, [grad])
+    groups = {key: group for key, group in groups.items() if sum(group.blocks)}
     if not groups:
         return torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
     device = grads[0].device
-    tables = send_tables(list(groups.values()), [], device)
+    *tables, _ = send_tables(list(groups.values()), [], device)
     counts = [sum(group.blocks) for group in groups.values()]
     partials = torch.empty(sum(counts), dtype=torch.float64, device=device)
     parts = partials.split(counts)
-    for (dtype, group), table, partial in zip(groups.items(), tables, parts, strict=False):
+    for (key, group), table, partial in zip(groups.items(), tables, parts, strict=True):
+        dtype, aligned = key
         tensors = len(group.rows)
         launch(
             _norm_partial_kernel,
@@ -257,6 +263,8 @@ def norm(grads: list[Tensor]) -> Tensor:
             tensors,
             (tensors - 1).bit_length(),
             GRAD=TL[dtype],
+            ALIGNED=aligned,
+            ACC=TL[ACC[dtype]],
             COLUMNS=COLUMNS,
             **launch_config(),
         )
