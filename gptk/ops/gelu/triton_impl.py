@@ -136,8 +136,10 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
     return why_not(device_type)
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """gelu(x) in x's dtype for a contiguous x of any shape; activation as `linear` names it."""
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """act(x) in x's dtype, x contiguous; activation as `linear` names it, None gives x itself."""
+    if activation is None:
+        return x
     y = torch.empty_like(x)
     config = launch_config(x.dtype)
     grid = (triton.cdiv(x.numel(), config["BLOCK"]),)

@@ -115,15 +115,17 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dpre, act(pre) if need_y, column sums of dpre in sum_dtype if given), dy and pre (M, N).
 
-    Without an activation dpre is dy itself.
+    Without an activation dpre is dy itself, and act(pre) is pre.
     """
     M, N = dy.shape
     config = launch_config(N)
     acc = ACC[dy.dtype]
     groups = triton.cdiv(M, ROWS)
     dpre = dy if activation is None else torch.empty_like(dy)
-    y = torch.empty_like(dy) if need_y else None
+    y = None if not need_y else pre if activation is None else torch.empty_like(dy)
     partial = None if sum_dtype is None else dy.new_empty((groups, N), dtype=acc)
+    if activation is None and partial is None:
+        return dy, y, None
     columns = triton.cdiv(N, config["BLOCK_N"])
     launch(
         _activation_backward_kernel,
@@ -138,7 +140,7 @@ def activation_backward(
         N,
         ACTIVATION=activation,
         HAS_ACTIVATION=activation is not None,
-        HAS_Y=need_y,
+        HAS_Y=need_y and activation is not None,
         HAS_SUM=partial is not None,
         ACC=TL[acc],
         ROWS=ROWS,
@@ -173,7 +175,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, pre) for x (M, K), weight (N, K), bias (N,); pre is None without an activation."""
     pre = product(x, weight.t(), x.dtype, bias)
-    return (pre, None) if activation is None else (activate(pre, activation), pre)
+    return activate(pre, activation), None if activation is None else pre
 
 
 def backward(
@@ -189,7 +191,7 @@ def backward(
     """(dx, dweight, dbias) of y (M, N); needs names those wanted, the others are None."""
     need_dx, need_dweight, need_dbias = needs
     dpre, dbias = dy, None
-    if need_dbias or (activation is not None and (need_dx or need_dweight)):
+    if any(needs):
         dpre, _, dbias = activation_backward(
             dy, pre, activation, bias_dtype if need_dbias else None
         )

@@ -19,7 +19,7 @@ def forward(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, pre) for x (M, C), w1 (hidden, C), w2 (C_out, hidden); pre (M, hidden)."""
     pre = product(x, w1.t(), x.dtype, b1)
@@ -32,7 +32,7 @@ def backward(
     pre: Tensor,
     w1: Tensor,
     w2: Tensor,
-    activation: str,
+    activation: str | None,
     dtypes: tuple[torch.dtype, torch.dtype | None, torch.dtype, torch.dtype | None],
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
