@@ -55,31 +55,31 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: dict[Any, list[tuple[Tensor, dict[str, Any]]]] = {}
+        batches: dict[Any, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     key = (p.device, p.dtype, group["betas"], group["eps"])
-                    batches.setdefault(key, []).append((p, group))
+                    batches.setdefault(key, []).append((p, p.grad, group))
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         norm = None
         if self.max_grad_norm is not None and len(batches) > 1:
             norms = [
-                grad_norm([p.grad for p, _ in b], backend=self.backend) for b in batches.values()
+                grad_norm([g for _, g, _ in b], backend=self.backend) for b in batches.values()
             ]
             norm = torch.stack(norms).square().sum().sqrt() / (1.0 if scale is None else scale)
         for (_, _, betas, eps), rows in batches.items():
-            states = [self._state(p) for p, _ in rows]
+            states = [self._state(p) for p, _, _ in rows]
             self.grad_norm, skipped = adamw_(
-                [p for p, _ in rows],
-                [p.grad for p, _ in rows],
+                [p for p, _, _ in rows],
+                [g for _, g, _ in rows],
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 [s["step"] for s in states],
-                lr=[g["lr"] for _, g in rows],
+                lr=[g["lr"] for _, _, g in rows],
                 betas=betas,
                 eps=eps,
-                weight_decay=[g["weight_decay"] for _, g in rows],
+                weight_decay=[g["weight_decay"] for _, _, g in rows],
                 max_grad_norm=self.max_grad_norm,
                 grad_scale=scale,
                 found_inf=found,

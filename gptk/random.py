@@ -101,22 +101,21 @@ def derive_seed(base: Seed, *path: int) -> Seed:
     element. A tensor base gives a tensor (int64, same bits), so a traced program does not
     specialise on the seed.
     """
-    mix = _mix_tensor if isinstance(base, Tensor) else _mix
-    state = mix(base, 0)
-    for part in path:
-        state = mix(state, part + 1)
+    state = base
+    for part in (-1, *path):
+        state = _mix_tensor(state, part) if isinstance(state, Tensor) else _mix(state, part)
     return state
 
 
 def _mix(state: int, part: int) -> int:
-    z = (state + 0x9E3779B97F4A7C15 * (part + 1)) & _MASK64
+    z = (state + 0x9E3779B97F4A7C15 * (part + 2)) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     return z ^ (z >> 31)
 
 
 def _mix_tensor(state: Tensor, part: int) -> Tensor:
-    z = state + _signed(0x9E3779B97F4A7C15 * (part + 1))
+    z = state + _signed(0x9E3779B97F4A7C15 * (part + 2))
     z = (z ^ ((z >> 30) & (_MASK64 >> 30))) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ ((z >> 27) & (_MASK64 >> 27))) * _signed(0x94D049BB133111EB)
     return z ^ ((z >> 31) & (_MASK64 >> 31))

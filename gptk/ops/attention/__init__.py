@@ -50,8 +50,7 @@ def attention(
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if cast is not None:
         query, key, value = query.to(cast), key.to(cast), value.to(cast)
-    traits = {"D": query.shape[-1], "Dv": value.shape[-1]}
-    impl = resolve("attention", backend, query, **traits)
+    impl = resolve("attention", backend, query, D=query.shape[-1], Dv=value.shape[-1])
     if is_reference(impl) or 0 in (query.numel(), key.numel(), value.numel()):
         from gptk.ops.attention.reference import attention as definition
 

@@ -16,7 +16,7 @@ def layer_norm(
     dropout_p: float = 0.0,
     seed: Seed = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Ba et al. 2016, https://arxiv.org/abs/1607.06450; with residual: (normalised, new residual)."""
+    """Ba et al. 2016, https://arxiv.org/abs/1607.06450; a residual is added first and returned."""
     if residual is None:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     residual = residual + dropout(input, dropout_p, seed)

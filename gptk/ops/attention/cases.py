@@ -1,0 +1,64 @@
+"""Cases of attention: what tests, benchmarks and `verify` run."""
+
+from typing import Any
+
+import torch
+
+from gptk.ops.cases import normal
+
+CASES: dict[str, dict[str, Any]] = {
+    "one_token": dict(B=1, H=1, Tq=1, Tk=1, D=16),
+    "odd_full": dict(B=2, H=2, Tq=7, Tk=7, D=8),
+    "odd_causal": dict(B=1, H=3, Tq=33, Tk=33, D=12, causal=True),
+    "cached": dict(B=1, H=2, Tq=3, Tk=19, D=8, causal=True),
+    "rows_without_keys": dict(B=1, H=2, Tq=9, Tk=5, D=8, causal=True),
+    "dropout": dict(B=2, H=2, Tq=18, Tk=18, D=8, causal=True, dropout_p=0.25),
+    "gqa": dict(B=1, H=4, Hkv=2, Tq=17, Tk=17, D=8, causal=True),
+    "window": dict(B=1, H=1, Tq=40, Tk=40, D=4, causal=True, window=6),
+    "head_1_value_5": dict(B=1, H=1, Tq=6, Tk=11, D=1, Dv=5),
+    "scale": dict(B=1, H=1, Tq=5, Tk=9, D=7, scale=1.0),
+}
+BENCH: dict[str, dict[str, Any]] = {
+    "nano": dict(B=12, H=4, Tq=64, Tk=64, D=32, causal=True),
+    "shakespeare": dict(B=16, H=6, Tq=256, Tk=256, D=64, causal=True, dropout_p=0.2),
+    "gpt2": dict(B=4, H=12, Tq=256, Tk=256, D=64, causal=True),
+}
+DIFFERENTIABLE = ("query", "key", "value")
+
+
+def inputs(
+    B: int,
+    H: int,
+    Tq: int,
+    Tk: int,
+    D: int,
+    dtype: torch.dtype,
+    Hkv: int | None = None,
+    Dv: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword arguments of attention."""
+    heads = Hkv or H
+    return {
+        "query": normal((B, H, Tq, D), dtype, seed),
+        "key": normal((B, heads, Tk, D), dtype, seed + 1),
+        "value": normal((B, heads, Tk, Dv or D), dtype, seed + 2),
+        "causal": causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "seed": 2**40 + 77,
+        "enable_gqa": heads != H,
+        "window": window,
+    }
+
+
+def flops(
+    B: int, H: int, Tq: int, Tk: int, D: int, backward: bool, causal: bool = False, **_: Any
+) -> int:
+    """Operations of the matrix products, half of them where causal."""
+    full = 4 * B * H * Tq * Tk * D
+    return (full // 2 if causal else full) * (5 if backward else 2) // 2

@@ -1,0 +1,44 @@
+"""Cases of linear: what tests, benchmarks and `verify` run."""
+
+from typing import Any
+
+import torch
+
+from gptk.ops.cases import normal
+
+CASES: dict[str, dict[str, Any]] = {
+    "one_row": dict(shape=(1, 16), N=8),
+    "odd": dict(shape=(2, 5, 7), N=13),
+    "no_bias": dict(shape=(9, 24), N=5, bias=False),
+    "gelu": dict(shape=(3, 6, 17), N=33, activation="gelu"),
+    "gelu_tanh": dict(shape=(19, 8), N=31, activation="gelu_tanh"),
+    "gelu_tanh_no_bias": dict(shape=(7, 8), N=9, activation="gelu_tanh", bias=False),
+}
+BENCH: dict[str, dict[str, Any]] = {
+    "nano": dict(shape=(12, 64, 128), N=384),
+    "gpt2": dict(shape=(4, 256, 768), N=2304),
+}
+DIFFERENTIABLE = ("input", "weight", "bias")
+
+
+def inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    N: int,
+    bias: bool = True,
+    activation: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword arguments of linear."""
+    K = shape[-1]
+    return {
+        "input": normal(shape, dtype, seed),
+        "weight": normal((N, K), dtype, seed + 1, K**-0.5),
+        "bias": normal((N,), dtype, seed + 2) if bias else None,
+        "activation": activation,
+    }
+
+
+def flops(shape: tuple[int, ...], N: int, backward: bool, **_: Any) -> int:
+    """Operations of the matrix products."""
+    return 2 * torch.Size(shape).numel() * N * (2 if backward else 1)
