@@ -1,0 +1,50 @@
+"""Test set-up: Triton's interpreter where there is no GPU, NaN in fresh memory, shared paths."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `equivalence` by name
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory() -> Iterator[None]:
+    """torch.empty is filled with NaN, so an element that a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shown() -> ModuleType:
+    """The public failures of other projects, with right values."""
+    folder = SHARED / "cases"
+    if not (folder / "shown.py").exists():
+        pytest.skip(f"needs the case files in {folder.name} beside the checkout")
+    sys.path.insert(0, str(folder))
+    threads = torch.get_num_threads()
+    import shown as cases
+
+    torch.set_num_threads(threads)  # the case files set one thread
+    return cases
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """tinyshakespeare, where the checkout has it beside itself."""
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("needs tinyshakespeare.txt beside the checkout")
+    return path
