@@ -6,8 +6,12 @@ from torch import Tensor
 from gptk.native import ACC, DTYPE, load, threads
 
 
-def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
-    """Every shape and every dtype of the catalog runs."""
+def unsupported(
+    device_type: str, dtype: torch.dtype, plain: bool = True, **traits: object
+) -> str | None:
+    """Every (N, V) and every dtype of the catalog runs."""
+    if not plain:
+        return "needs logits (N, V), class ids and no class weights"
     return None
 
 
