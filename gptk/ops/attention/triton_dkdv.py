@@ -1,4 +1,4 @@
-"""The gradients of attention's keys and values in Triton: a program owns keys and runs over queries.
+"""The gradients of attention's keys and values in Triton: a program owns keys, runs over queries.
 
 dk = ds^T q scale, dv = p^T dout: see triton_backward. The heads that share a key head are summed
 inside the program, in order, so no atomics are needed.

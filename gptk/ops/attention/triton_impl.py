@@ -185,7 +185,11 @@ def _attention_forward_kernel(
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
-    """None if these kernels run on tensors of this device type, else the reason."""
+    """None if these kernels run with head sizes `D` and `Dv` on this device, else the reason."""
+    for name in ("D", "Dv"):
+        size = traits.get(name, 1)
+        if isinstance(size, int) and size > 256:
+            return f"{name}={size} (a head has at most 256 columns)"
     return why_not(device_type)
 
 
