@@ -116,18 +116,18 @@ template <typename A>
 void softmax_backward(A* p, A* ds, const A* keep, const PanelMask<A>& mask, const A* lse,
                       const A* delta) {
   constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
-  for (int v = 0; v < 2; v++) {
-    const Vec<A> lse_v = load(lse + v * W), delta_v = load(delta + v * W);
-    for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
+  for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
+    for (int v = 0; v < 2; v++) {
       A* p_j = p + j * QUERIES + v * W;
       A* ds_j = ds + j * QUERIES + v * W;
-      Vec<A> weight = exp(load(p_j) - lse_v), dropped = weight, dp = load(ds_j);
+      const Vec<A> weight = exp_flush(load(p_j) - load(lse + v * W));
+      Vec<A> dropped = weight, dp = load(ds_j);
       if (keep) {
         const Vec<A> kept = load(keep + j * PANEL + v * W);
         dropped *= kept;
         dp *= kept;
       }
-      Vec<A> grad = weight * (dp - delta_v);
+      Vec<A> grad = weight * (dp - load(delta + v * W));
       if (!mask.all) {
         dropped = mask.apply(v, j, dropped, zero<A>());
         grad = mask.apply(v, j, grad, zero<A>());

@@ -51,29 +51,34 @@ template <typename A>
 void online_softmax(A* p, const PanelMask<A>& mask, A* max, A* sum, A* rescale) {
   constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
   const Vec<A> minus_inf = broadcast(static_cast<A>(-__builtin_inf()));
-  for (int v = 0; v < 2; v++, max += W, sum += W, rescale += W, p += W) {
-    const Vec<A> old_max = load(max);
-    Vec<A> new_max = old_max;
-    for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
-      Vec<A> s = load(p + j * PANEL);
-      if (!mask.all) {
-        s = mask.apply(v, j, s, minus_inf);
-        store(p + j * PANEL, s);
-      }
-      new_max = gptk::GPTK_ISA::max(s, new_max);
+  const Vec<A> old_max[2] = {load(max), load(max + W)};
+  Vec<A> new_max[2] = {old_max[0], old_max[1]};
+  for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
+    for (int v = 0; v < 2; v++) {
+      A* p_j = p + j * PANEL + v * W;
+      if (!mask.all) store(p_j, mask.apply(v, j, load(p_j), minus_inf));
+      new_max[v] = gptk::GPTK_ISA::max(load(p_j), new_max[v]);
     }
-    // A row that has seen no key yet keeps max = -inf; exp(-inf - 0) is 0, exp(-inf + inf) is NaN.
-    const Vec<A> shift = select(new_max == minus_inf, zero<A>(), new_max);
-    const Vec<A> factor = exp(old_max - shift);
-    Vec<A> total = zero<A>();
-    for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
-      const Vec<A> e = exp(load(p + j * PANEL) - shift);
-      store(p + j * PANEL, e);
-      total += e;
+  }
+  // A row that has seen no key yet keeps max = -inf; exp(-inf - 0) is 0, exp(-inf + inf) is NaN.
+  Vec<A> shift[2], total[2];
+  for (int v = 0; v < 2; v++) {
+    shift[v] = select(new_max[v] == minus_inf, zero<A>(), new_max[v]);
+    total[v] = zero<A>();
+  }
+  for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
+    for (int v = 0; v < 2; v++) {
+      A* p_j = p + j * PANEL + v * W;
+      const Vec<A> e = exp_flush(load(p_j) - shift[v]);
+      store(p_j, e);
+      total[v] += e;
     }
-    store(max, new_max);
-    store(sum, fma(load(sum), factor, total));
-    store(rescale, factor);
+  }
+  for (int v = 0; v < 2; v++) {
+    const Vec<A> factor = exp_flush(old_max[v] - shift[v]);
+    store(max + v * W, new_max[v]);
+    store(sum + v * W, fma(load(sum + v * W), factor, total[v]));
+    store(rescale + v * W, factor);
   }
 }
 
@@ -148,7 +153,7 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
           store(s.p + i, load(s.p + i) * load(s.keep + i));
       }
       A* out = s.out + r * ldo;
-      rescale_rows(s.rescale, rows, ldo, out);
+      if (key0 > all_keys.begin) rescale_rows(s.rescale, rows, ldo, out);
       // A NaN or infinite v may meet only queries that see it, not a hidden one's weight of 0.
       gemm<A, Adjacent::rows>({0, rows}, a.Dv, s.p, PANEL, s.v, keys, out, ldo, {A(1), true},
                               finite ? KERNEL_ROWS : 1, [&](int64_t first, int64_t last) {

@@ -11,7 +11,17 @@ namespace gptk {
 namespace GPTK_ISA {
 namespace {
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) = 1 + r + r^2 P(r).
+// exp(r) = 1 + r + r^2 P(r), |r| <= ln(2)/2
+GPTK_INLINE VecF exp_reduced(VecF r) {
+  VecF p = broadcast(0.00139262508f);
+  p = fma(p, r, broadcast(0.00836323288f));
+  p = fma(p, r, broadcast(0.0416665542f));
+  p = fma(p, r, broadcast(0.166665767f));
+  p = fma(p, r, broadcast(0.5f));
+  return fma(r * r, p, r) + 1.0f;
+}
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2).
 // Max error 1 ulp for results >= 2^-126; gradual underflow below.
 GPTK_INLINE VecF exp(VecF x) {
   x = max(broadcast(-104.0f), min(broadcast(89.0f), x));  // beyond: 0, infinity
@@ -21,20 +31,27 @@ GPTK_INLINE VecF exp(VecF x) {
   VecF n_float = shifted - round;
   VecF r = fma(n_float, broadcast(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first one exact
   r = fma(n_float, broadcast(-0x1.7f7d1cp-20f), r);
-  VecF p = broadcast(0.00139262508f);
-  p = fma(p, r, broadcast(0.00836323288f));
-  p = fma(p, r, broadcast(0.0416665542f));
-  p = fma(p, r, broadcast(0.166665767f));
-  p = fma(p, r, broadcast(0.5f));
-  p = fma(r * r, p, r) + 1.0f;
   VecI32 half = n >> 1;  // 2^n in two factors: n itself may be out of the exponent's range
-  return p * (VecF)((half + 127) << 23) * (VecF)((n - half + 127) << 23);
+  return exp_reduced(r) * (VecF)((half + 127) << 23) * (VecF)((n - half + 127) << 23);
+}
+
+// The same for softmax weights, x <= 88: half the instructions around the polynomial. Results below
+// 2^-126 are exactly 0.
+GPTK_INLINE VecF exp_flush(VecF x) {
+  x = max(broadcast(-88.0f), x);  // n >= -127, whose factor 2^n comes out as 0
+  const VecF round = broadcast(0x1.8p23f);
+  VecF shifted = fma(x, broadcast(0x1.715476p0f), round);
+  VecF n_float = shifted - round;
+  VecF r = fma(n_float, broadcast(-0x1.62e4p-1f), x);
+  r = fma(n_float, broadcast(-0x1.7f7d1cp-20f), r);
+  return exp_reduced(r) * (VecF)(((VecI32)shifted << 23) + (127 << 23));
 }
 
 GPTK_INLINE VecD exp(VecD x) {
   for (int i = 0; i < Lanes<double>::value; i++) x[i] = __builtin_exp(x[i]);
   return x;
 }
+GPTK_INLINE VecD exp_flush(VecD x) { return exp(x); }
 
 // P(Z > x) = erfc(x / sqrt 2) / 2 for x >= 0, given density = exp(-x^2 / 2).
 // float: density * k Q(k), k = 1 / (1 + x / 4); relative error below 3e-7.

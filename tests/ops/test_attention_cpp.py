@@ -2,8 +2,8 @@
 
 The yardstick is the formula in float64 on the same inputs. A result may be 2 times (gradients: 3
 times) as far from it as PyTorch's own attention in the same dtype, plus that dtype's own rounding.
-In float64 itself the distance of the float32 results is scaled by the ratio of the two epsilons, and
-counted once more, for the formula rounds too.
+In float64 itself the distance of the float32 results is scaled by the ratio of the two epsilons and
+counted once more: the formula rounds too.
 """
 
 import math
@@ -370,19 +370,9 @@ def test_every_instruction_set(level):
         assert native.isa() == os.environ["GPTK_ISA"]
         return
     names = "head_size or window or grouped or dropout or blocks or bad_value or writes or large"
+    chosen = f"({names} or test_every_instruction_set) and not strides"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:xdist",
-            __file__,
-            "-k",
-            f"({names} or test_every_instruction_set) and not strides",
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", __file__, "-k", chosen],
         env=os.environ | {"GPTK_ISA": level},
         capture_output=True,
         text=True,
