@@ -15,7 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": dict(B=2, H=2, Tq=18, Tk=18, D=8, causal=True, dropout_p=0.25),
     "gqa": dict(B=1, H=4, Hkv=2, Tq=17, Tk=17, D=8, causal=True),
     "window": dict(B=1, H=1, Tq=40, Tk=40, D=4, causal=True, window=6),
-    "head_1_value_5": dict(B=1, H=1, Tq=6, Tk=11, D=1, Dv=5),
+    "head_1_value_5": dict(B=2, H=3, Tq=6, Tk=11, D=1, Dv=5),
     "scale": dict(B=1, H=1, Tq=5, Tk=9, D=7, scale=1.0),
 }
 BENCH: dict[str, dict[str, Any]] = {

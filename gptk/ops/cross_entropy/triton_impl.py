@@ -131,7 +131,8 @@ def _cross_entropy_backward_kernel(
     on = tl.full((), on_weight, tl.float64).to(ACC)
     off = tl.full((), off_weight, tl.float64).to(ACC)
     if RESWEEP:
-        shift, total, _ = _sweep(row_ptr, bias_ptr, 0.0, V, HAS_BIAS, False, ACC, BLOCK_V)
+        m, total, _ = _sweep(row_ptr, bias_ptr, 0.0, V, HAS_BIAS, False, ACC, BLOCK_V)
+        shift = tl.where(m == -float("inf"), 0.0, m)
         scale = 1.0 / total
     else:
         shift = tl.load(lse_ptr + row)
