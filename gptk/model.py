@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptk.functional import attention, dropout, layer_norm, linear, linear_cross_entropy, mlp
-from gptk.random import Seed, derive_seed, draw_seed
+from gptk.functional import dropout, linear, linear_cross_entropy
+from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
+from gptk.random import Seed, check_probability, derive_seed, draw_seed
 
 
 @dataclasses.dataclass
@@ -25,87 +26,14 @@ class GPTConfig:
     bias: bool = True
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far: (L, B, H, block_size, D) each."""
-
-    def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: Any) -> None:
-        shape = (
-            config.n_layer,
-            batch,
-            config.n_head,
-            config.block_size,
-            config.n_embd // config.n_head,
-        )
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def reset(self) -> None:
-        """Forget every token."""
-        self.length = 0
-
-
-class Attention(nn.Module):
-    """Causal self-attention with GPT-2's packed projection."""
-
-    ops = ("linear", "attention", "linear")
-
-    def __init__(self, config: GPTConfig, backend: str | None) -> None:
-        super().__init__()
-        C = config.n_embd
-        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
-        self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.n_head, self.dropout, self.backend = config.n_head, config.dropout, backend
-
-    def forward(self, x: Tensor, seed: Seed, layer: int, cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
-        qkv = linear(x, self.c_attn.weight, self.c_attn.bias, backend=self.backend)
-        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if cache is not None:
-            end = cache.length + T
-            cache.k[layer, :, :, cache.length : end] = k
-            cache.v[layer, :, :, cache.length : end] = v
-            k, v = cache.k[layer, :, :, :end].to(q.dtype), cache.v[layer, :, :, :end].to(q.dtype)
-        p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, causal=True, dropout_p=p, seed=seed, backend=self.backend)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return linear(y, self.c_proj.weight, self.c_proj.bias, backend=self.backend)
-
-
-class MLP(nn.Module):
-    """Two projections around GPT-2's tanh GELU."""
-
-    ops = ("mlp",)
-
-    def __init__(self, config: GPTConfig, backend: str | None) -> None:
-        super().__init__()
-        C = config.n_embd
-        self.c_fc = nn.Linear(C, 4 * C, bias=config.bias)
-        self.c_proj = nn.Linear(4 * C, C, bias=config.bias)
-        self.backend = backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        fc, proj = self.c_fc, self.c_proj
-        return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, backend=self.backend)
-
-
-class AddNorm(nn.LayerNorm):
-    """LayerNorm that first adds the dropped-out branch to the residual stream."""
-
-    ops = ("layer_norm",)
-
-    def __init__(self, config: GPTConfig, backend: str | None) -> None:
-        super().__init__(config.n_embd, bias=config.bias)
-        self.dropout, self.backend = config.dropout, backend
-
-    def forward(self, branch: Tensor | None, x: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        parameters = (self.normalized_shape, self.weight, self.bias, self.eps)
-        if branch is None:
-            return layer_norm(x, *parameters, backend=self.backend), x
-        p = self.dropout if self.training else 0.0
-        return layer_norm(
-            branch, *parameters, residual=x, dropout_p=p, seed=seed, backend=self.backend
-        )
+def check_config(config: GPTConfig) -> None:
+    """Raise ValueError for sizes that no model can have."""
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+    check_probability(config.dropout)
 
 
 class Block(nn.Module):
@@ -113,16 +41,21 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, backend: str | None) -> None:
         super().__init__()
-        self.ln_1 = AddNorm(config, backend)
-        self.attn = Attention(config, backend)
-        self.ln_2 = AddNorm(config, backend)
-        self.mlp = MLP(config, backend)
+        C, p, bias = config.n_embd, config.dropout, config.bias
+        self.ln_1 = LayerNorm(C, bias=bias, dropout=p, backend=backend)
+        self.attn = CausalSelfAttention(C, config.n_head, p, bias, backend)
+        self.ln_2 = LayerNorm(C, bias=bias, dropout=p, backend=backend)
+        self.mlp = MLP(C, bias=bias, backend=backend)
 
     def forward(
         self, branch: Tensor | None, x: Tensor, seed: Seed, layer: int, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
-        y, x = self.ln_1(branch, x, derive_seed(seed, layer, 0))
-        branch = self.attn(y, derive_seed(seed, layer, 1), layer, cache)
+        """x: residual stream (B, T, C); branch: what is still to be added to it."""
+        if branch is None:
+            y = self.ln_1(x)
+        else:
+            y, x = self.ln_1(branch, x, derive_seed(seed, layer, 0))
+        branch = self.attn(y, derive_seed(seed, layer, 1), cache, layer)
         y, x = self.ln_2(branch, x, derive_seed(seed, layer, 2))
         return self.mlp(y), x
 
@@ -134,13 +67,13 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, backend: str | None = None) -> None:
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        check_config(config)
         self.config, self.backend = config, backend
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, backend) for _ in range(config.n_layer))
-        self.ln_f = AddNorm(config, backend)
+        C = config.n_embd
+        self.ln_f = LayerNorm(C, bias=config.bias, dropout=config.dropout, backend=backend)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
@@ -169,9 +102,10 @@ class GPT(nn.Module):
         seed = (draw_seed() if p else 0) if seed is None else seed
         x = F.embedding(idx, self.wte.weight) + self.wpe.weight[past : past + T]
         x = dropout(x, p, derive_seed(seed, self.config.n_layer, 0))
-        branch = None
+        branch: Tensor | None = None
         for layer, block in enumerate(self.h):
             branch, x = block(branch, x, seed, layer, cache)
+        assert branch is not None  # n_layer >= 1
         y, _ = self.ln_f(branch, x, derive_seed(seed, self.config.n_layer, 1))
         if cache is not None:
             cache.length += T
@@ -180,10 +114,16 @@ class GPT(nn.Module):
             return linear(y, weight, backend=self.backend)
         return linear_cross_entropy(y, weight, targets, reduction=reduction, backend=self.backend)
 
-    def new_cache(self, batch_size: int, dtype: Any = None, device: Any = None) -> KVCache:
-        """An empty cache of block_size tokens."""
-        like = self.wte.weight
-        return KVCache(self.config, batch_size, dtype or like.dtype, device or like.device)
+    def new_cache(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KVCache:
+        """An empty cache for block_size tokens of batch_size sequences."""
+        c, like = self.config, self.wte.weight
+        shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return KVCache(shape, dtype or like.dtype, device or like.device)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Matrices decay; biases and norms do not."""
