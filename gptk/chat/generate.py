@@ -5,6 +5,7 @@ computed anew for every further token: the cache helps up to block_size tokens a
 that of the uncached model at every length.
 """
 
+import codecs
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,8 +127,10 @@ def generate(
     for _ in range(max_new_tokens):
         with evaluating(model):
             if cache is not None and cache.length + new.shape[1] <= block_size:
-                for part in new.split(prefill_chunk or block_size, dim=1):
-                    logits = model(part, cache=cache)  # (B, t, V)
+                *parts, last = new.split(prefill_chunk or block_size, dim=1)
+                for part in parts:
+                    model(part, cache=cache)
+                logits = model(last, cache=cache)  # (B, t, V)
             else:
                 logits = model(context)
         p = probabilities(logits[:, -1, :vocab_size], sampling)
@@ -146,9 +149,22 @@ def stream(
     *,
     seed: int | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` in pieces of whole characters, as they are drawn."""
+    """Yield the continuation of `prompt` in pieces of whole characters, as they are drawn.
+
+    Tokens are bytes: an incomplete character waits for the tokens that complete it. The joined
+    pieces are the text of all tokens. An empty prompt stands for a new line.
+
+    Raises:
+        ValueError: the prompt holds a character that the tokenizer does not know.
+    """
     ids = torch.tensor([tokenizer.encode(prompt or "\n")])
+    text = codecs.getincrementaldecoder("utf-8")("replace")
     for new in generate(
         model, ids, max_new_tokens, sampling, seed=seed, vocab_size=tokenizer.vocab_size
     ):
-        yield tokenizer.decode(new.tolist())
+        piece = text.decode(tokenizer.decode_bytes(new.tolist()))
+        if piece:
+            yield piece
+    rest = text.decode(b"", final=True)
+    if rest:
+        yield rest

@@ -174,15 +174,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 
-GROUPS = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"}
+GROUPS: dict[str, Any] = {
+    f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"
+}
 """Component name -> its dataclass."""
 OWNER = {f.name: group for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
 """Field name -> component that has it; field names are unique, as flags are."""
 FIELDS = {f.name: f for cls in GROUPS.values() for f in dataclasses.fields(cls)}
-KINDS = {
-    name: {int: int, float: float, float | None: float, bool: bool}.get(f.type, str)
-    for name, f in FIELDS.items()
-}
+_KINDS: dict[Any, type] = {int: int, float: float, float | None: float, bool: bool}
+KINDS = {name: _KINDS.get(f.type, str) for name, f in FIELDS.items()}
 """Field name -> int, float, bool or str."""
 
 

@@ -18,6 +18,7 @@ interpreter takes CPU tensors only.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -78,7 +79,8 @@ def _prepare_kernel(
     tl.store(coefficients_ptr + 3 * i, 1.0 - lr * decay, mask=inside)
     tl.store(coefficients_ptr + 3 * i + 1, lr / (1.0 - tl.exp(t * log_beta1)), mask=inside)
     tl.store(coefficients_ptr + 3 * i + 2, 1.0 / (1.0 - tl.exp(t * log_beta2)), mask=inside)
-    tl.store(step_ptr, step, mask=inside & _is_live(skip_ptr, HAS_SKIP))
+    if _is_live(skip_ptr, HAS_SKIP):
+        tl.store(step_ptr, step, mask=inside)
 
 
 @triton.jit
@@ -298,12 +300,13 @@ def update(
     device = params[0].device
     scalars = Scalars()
     scalars.slot(grad_multiplier)  # slot 0
-    groups: dict[tuple[torch.dtype | bool, ...], Group] = {}
+    groups: dict[tuple[Any, ...], Group] = {}
     prepare: list[int] = []
     for i, tensors in enumerate(zip(grads, params, exp_avgs, exp_avg_sqs, masters, strict=True)):
         prepare += [steps[i].data_ptr(), scalars.slot(lr[i]), scalars.slot(weight_decay[i])]
         aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-        key = (*(t.dtype for t in tensors[:4]), tensors[4] is not None, aligned)
+        dtypes = tuple(t.dtype for t in tensors[:4])
+        key: tuple[Any, ...] = (*dtypes, tensors[4] is not None, aligned)
         groups.setdefault(key, Group([], [])).add(params[i].numel(), i, tensors)
     groups = {key: group for key, group in groups.items() if sum(group.blocks)}
     *tables, prepare_table = send_tables(list(groups.values()), prepare, device)

@@ -50,18 +50,21 @@ class Scalars:
     """Distinct scalars of a call, as slots of one float64 tensor on the device."""
 
     def __init__(self) -> None:
-        self.slots: dict[float | int, int] = {}
+        self.slots: dict[float | tuple[str, int], int] = {}
         self.values: list[float] = []
         self.on_device: list[tuple[int, Tensor]] = []
 
     def slot(self, value: Scalar) -> int:
         """The slot of a float, or of a 0-dim tensor, which is not read on the host."""
-        tensor = isinstance(value, Tensor) and value.device.type != "cpu"
-        key = ("tensor", id(value)) if tensor else float(value)
+        key: float | tuple[str, int]
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            key, number = ("tensor", id(value)), 0.0
+        else:
+            key = number = float(value)
         if key not in self.slots:
             self.slots[key] = len(self.values)
-            self.values.append(0.0 if tensor else float(value))
-            if tensor:
+            self.values.append(number)
+            if isinstance(value, Tensor) and value.device.type != "cpu":
                 self.on_device.append((self.slots[key], value))
         return self.slots[key]
 

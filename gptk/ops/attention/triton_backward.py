@@ -3,7 +3,7 @@
 With p = exp(q k^T scale - lse), delta = rowsum(dout out), ds = p (dout v^T - delta):
 dq = ds k scale, dk = ds^T q scale, dv = p^T dout. The dq kernel owns queries and runs over keys;
 the dk/dv kernel owns keys and runs over the queries of every head that shares them. Both form p
-again, in base 2, so nothing of size Tq x Tk is stored and every sum has a fixed order.
+again, so nothing of size Tq x Tk is stored and every sum has a fixed order.
 """
 
 import torch
@@ -93,13 +93,13 @@ def backward(
             width, itemsize, dropout_p > 0.0
         )
         dk, dv = _empty_like(k), _empty_like(v)
-        arguments = (dk, dv, dout, q, k, v, lse, delta)
+        pointers = (dk, dv, dout, q, k, v, lse, delta)
         launch(
             attention_dkdv_kernel,
             (triton.cdiv(Tk, block_k) * B * Hkv,),
             q.device,
-            *arguments,
-            *(t.stride()[:3] for t in arguments[:6]),
+            *pointers,
+            *(t.stride()[:3] for t in pointers[:6]),
             *scalars,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,

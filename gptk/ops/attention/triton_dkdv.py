@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
-    LOG2_E,
     dot,
     dot_seen,
     finite_or_zero,
@@ -52,7 +51,7 @@ def _dkdv_tile(
     Tq,
     Tk,
     window,
-    scale,
+    factor,
     key_low,
     key_high,
     threshold,
@@ -77,15 +76,15 @@ def _dkdv_tile(
     zero = tl.zeros((BLOCK_K, BLOCK_Q), dk.dtype)
     q = load_tile(q_ptr, start, q_stride, Tq, D, BLOCK_Q, BLOCK_D, MASKED)
     dout = load_tile(dout_ptr, start, dout_stride, Tq, DV, BLOCK_Q, BLOCK_DV, MASKED)
-    lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0)
     delta = tl.load(delta_ptr + row, mask=query < Tq, other=0.0)
-    s = dot(k, tl.trans(q), zero) * scale
+    s = dot(k, tl.trans(q), zero) * factor
     dp = dot(v, tl.trans(dout), zero)
     if MASKED:
         seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         s = tl.where(seen, s, float("-inf"))
         lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
-    p = tl.exp2(s - lse[None, :])
+    p = tl.exp(s - lse[None, :])
     if MASKED:
         p = tl.where(seen, p, 0.0)
     p_dropped = p
@@ -154,7 +153,7 @@ def attention_dkdv_kernel(
     dv_ptr += b * dv_strides[0] + kv * dv_strides[1]
     k = load_tile(k_ptr, start_k, k_strides[2], Tk, D, BLOCK_K, BLOCK_D, True)
     v = load_tile(v_ptr, start_k, v_strides[2], Tk, DV, BLOCK_K, BLOCK_DV, True)
-    scale_log2 = tl.full((), scale * LOG2_E, ACC)
+    factor = tl.full((), scale, ACC)
     keep_factor = tl.full((), keep_scale, ACC)
     key_low, key_high = 0, 0
     if HAS_DROPOUT:
@@ -174,7 +173,7 @@ def attention_dkdv_kernel(
             start = tl.multiple_of(start_full, BLOCK_Q)
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, head,
-                q_strides[2], dout_strides[2], Tq, Tk, window, scale_log2, key_low, key_high,
+                q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low, key_high,
                 threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K,
                 BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
@@ -182,11 +181,11 @@ def attention_dkdv_kernel(
             start = masked_start(index, first, left, full_end, BLOCK_Q)
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, head,
-                q_strides[2], dout_strides[2], Tq, Tk, window, scale_log2, key_low, key_high,
+                q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low, key_high,
                 threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K,
                 BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
-    dk = narrow(dk * tl.full((), scale, ACC), dk_ptr.dtype.element_ty)
+    dk = narrow(dk * factor, dk_ptr.dtype.element_ty)
     store_tile(dk_ptr, dk, start_k, dk_strides[2], Tk, D, BLOCK_K, BLOCK_D)
     if HAS_DROPOUT:
         dv *= keep_factor

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
-    LOG2_E,
     dot,
     finite_or_zero,
     keys_of,
@@ -73,7 +72,7 @@ def _dq_tile(
     Tq,
     Tk,
     window,
-    scale,
+    factor,
     key_low,
     key_high,
     threshold,
@@ -93,7 +92,7 @@ def _dq_tile(
     zero = tl.zeros((BLOCK_Q, BLOCK_K), dq.dtype)
     k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
     v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
-    s = dot(q, tl.trans(k), zero) * scale
+    s = dot(q, tl.trans(k), zero) * factor
     dp = dot(dout, tl.trans(v), zero)
     if HAS_DROPOUT:
         keep = keep_tile(key_low, key_high, row, start, threshold, BLOCK_K)
@@ -102,7 +101,7 @@ def _dq_tile(
         key = start + tl.arange(0, BLOCK_K)
         seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         s = tl.where(seen, s, float("-inf"))
-    ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+    ds = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
         # a row that sees a NaN in k has ds = NaN: zeros in its place lose nothing
@@ -163,10 +162,10 @@ def attention_dq_kernel(
     dq_ptr += b * dq_strides[0] + h * dq_strides[1]
     q = load_tile(q_ptr, start_q, q_strides[2], Tq, D, BLOCK_Q, BLOCK_D, True)
     dout = load_tile(dout_ptr, start_q, dout_strides[2], Tq, DV, BLOCK_Q, BLOCK_DV, True)
-    lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
     delta = tl.load(delta_ptr + row, mask=query < Tq, other=0.0)
-    scale_log2 = tl.full((), scale * LOG2_E, ACC)
+    factor = tl.full((), scale, ACC)
     keep_factor = tl.full((), keep_scale, ACC)
     key_low, key_high = 0, 0
     if HAS_DROPOUT:
@@ -180,15 +179,15 @@ def attention_dq_kernel(
         start = tl.multiple_of(start_full, BLOCK_K)
         dq = _dq_tile(
             dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
-            Tq, Tk, window, scale_log2, key_low, key_high, threshold, keep_factor, D, DV, CAUSAL,
+            Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D, DV, CAUSAL,
             HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     for index in tl.range(0, masked, num_stages=1):
         start = masked_start(index, first, left, full_end, BLOCK_K)
         dq = _dq_tile(
             dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
-            Tq, Tk, window, scale_log2, key_low, key_high, threshold, keep_factor, D, DV, CAUSAL,
+            Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D, DV, CAUSAL,
             HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
-    dq = narrow(dq * tl.full((), scale, ACC), dq_ptr.dtype.element_ty)
+    dq = narrow(dq * factor, dq_ptr.dtype.element_ty)
     store_tile(dq_ptr, dq, start_q, dq_strides[2], Tq, D, BLOCK_Q, BLOCK_D)

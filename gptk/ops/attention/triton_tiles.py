@@ -5,14 +5,10 @@ only the last w of these. A program owns a tile of one side and visits the tiles
 that it sees at all; those it sees in full need no mask, so they have a loop of their own.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
 from gptk.ops.triton_launch import INTERPRETED, widen
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit

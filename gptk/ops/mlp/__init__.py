@@ -56,12 +56,12 @@ class MlpFunction(torch.autograd.Function):
         *parameters, activation, cast = rest
         dtype = cast or input.dtype
         x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
-        w1, b1, w2, b2 = (None if p is None else p.to(dtype).contiguous() for p in parameters)
+        w1, b1, w2, b2 = (p if p is None else p.to(dtype).contiguous() for p in parameters)
         y, pre = impl.forward(x, w1, b1, w2, b2, activation)
         ctx.save_for_backward(x, pre, w1, w2)
         ctx.impl, ctx.activation, ctx.input = impl, activation, (input.shape, input.dtype)
         ctx.dtypes = tuple(None if p is None else p.dtype for p in parameters)
-        return y.view(*input.shape[:-1], w2.shape[0])
+        return y.view(*input.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,276 @@
+"""The Triton kernels of attention in the interpreter: values, gradients, masks, edges, NaN."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from interpreter_checks import (
+    assert_close,
+    guarded_outputs,
+    keep_rule,
+    needs_interpreter,
+    normal,
+    overflow_checks,
+)
+
+from gptk.ops.attention import triton_backward, triton_dkdv, triton_dq, triton_impl
+
+pytestmark = needs_interpreter
+SEED = 2**45 + 77
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _overflows_are_errors():
+    with overflow_checks():
+        yield
+
+
+def use_tiles(monkeypatch, block_q, block_k):
+    for module in (triton_impl, triton_dq, triton_dkdv):
+        monkeypatch.setattr(module, "launch_config", lambda *_: (block_q, block_k, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Tiles of 16 x 16, so that a short sequence has several of each kind."""
+    use_tiles(monkeypatch, 16, 16)
+
+
+def visible(Tq, Tk, causal, window):
+    i, j = torch.arange(Tq)[:, None], torch.arange(Tk)[None, :]
+    keep = torch.ones(Tq, Tk, dtype=torch.bool)
+    if causal:
+        keep = j <= i + Tk - Tq
+        if window is not None:
+            keep &= j > i + Tk - Tq - window
+    return keep
+
+
+def definition(q, k, v, causal, scale, p, window, dout, dtype):
+    """out, lse and (dq, dk, dv) of the plain formula, computed in `dtype`."""
+    q, k, v = leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
+    keep = visible(Tq, Tk, causal, window)
+    s = (q @ k.transpose(-1, -2) * scale).masked_fill(~keep, -math.inf)
+    lse = torch.logsumexp(s.to(F32 if dtype.itemsize < 4 else dtype), dim=-1)
+    # a row without keys is uniform here and zeroed below, so that no gradient is NaN
+    probability = torch.softmax(s.masked_fill(~keep.any(1)[:, None], 0.0), dim=-1)
+    probability = torch.where(keep, probability, 0.0)
+    if p:
+        mask = keep_rule(SEED, B * H * Tq, Tk, p).view(B, H, Tq, Tk)
+        probability = torch.where(mask, probability * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+    out = probability @ v
+    grads = torch.autograd.grad((out * dout.to(dtype)).sum(), leaves)
+    return out.detach(), lse.detach(), grads
+
+
+def check(B, H, Hkv, Tq, Tk, D, DV, dtype=F32, causal=True, p=0.0, window=None, scale=None):
+    g = torch.Generator().manual_seed(Tq * 1000 + Tk)
+    # each of the layouts that a caller may hold: (B, T, H, D), (B, H, T, D) and a packed buffer
+    q = normal(g, B, Tq, H, D, dtype=dtype).transpose(1, 2)
+    k = normal(g, B, Hkv, Tk, D, dtype=dtype)
+    v = normal(g, B, Tk, Hkv, 2 * DV, dtype=dtype)[..., DV:].transpose(1, 2)
+    dout = normal(g, B, Tq, H, DV, dtype=dtype).transpose(1, 2)
+    inputs = (q, k, v, dout)
+    before = [t.clone() for t in inputs]
+    scale = D**-0.5 if scale is None else scale
+    options = (causal, scale, p, SEED, window)
+    with guarded_outputs():
+        out, lse = triton_impl.forward(q, k, v, *options)
+        grads = triton_backward.backward(dout, q, k, v, out, lse, *options, (True,) * 3)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert out.dtype == dtype
+    assert lse.dtype == (F64 if dtype == F64 else F32)
+    assert out.transpose(1, 2).is_contiguous()
+
+    arguments = (q, k, v, causal, scale, p, window, dout)
+    exact = definition(*arguments, F64)
+    ours = definition(*arguments, F32 if dtype == F64 else dtype)
+    assert_close("out", out, ours[0], exact[0], 2)
+    seen = exact[1] > -math.inf
+    assert torch.equal(lse > -math.inf, seen)
+    if seen.any():
+        own = definition(*arguments, F32)[1]
+        assert_close("lse", lse[seen], own[seen], exact[1][seen], 3)
+    # dp - delta is 0 for a query with one key; what remains of two equal sums is rounding
+    terms = dout.double().abs().amax() * v.double().abs().amax() * DV * abs(scale)
+    terms *= max(q.double().abs().amax(), k.double().abs().amax())
+    floors = (terms * torch.finfo(lse.dtype).eps,) * 2 + (0.0,)
+    names = ("dq", "dk", "dv")
+    for name, got, own, want, floor in zip(names, grads, ours[2], exact[2], floors, strict=True):
+        assert got.dtype == dtype
+        assert_close(name, got, own, want, 3, floor)
+    rows = ~visible(Tq, Tk, causal, window).any(1)
+    assert bool((out[:, :, rows] == 0).all())
+    assert bool((grads[0][:, :, rows] == 0).all())
+
+
+@pytest.mark.parametrize(
+    "Tq, Tk", [(1, 1), (1, 20), (7, 7), (16, 16), (17, 33), (37, 53), (40, 23), (20, 1)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_the_definition(Tq, Tk, causal):
+    check(1, 2, 2, Tq, Tk, 8, 8, causal=causal)
+
+
+@pytest.mark.parametrize("D, DV", [(1, 1), (3, 5), (16, 64), (40, 24), (100, 256), (256, 3)])
+def test_every_head_size(D, DV):
+    check(1, 1, 1, 19, 21, D, DV)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 20, 1000, 2**31 - 1])
+@pytest.mark.parametrize("Tq, Tk", [(40, 40), (35, 50), (50, 35)])
+def test_a_window(Tq, Tk, window):
+    check(1, 1, 1, Tq, Tk, 8, 8, window=window)
+
+
+@pytest.mark.parametrize("tiles", [(32, 16), (16, 32), (16, 64)])
+@pytest.mark.parametrize("causal, window", [(True, None), (True, 21), (False, None)])
+def test_tiles_that_are_not_square(tiles, causal, window, monkeypatch):
+    use_tiles(monkeypatch, *tiles)
+    check(1, 1, 1, 70, 75, 8, 8, causal=causal, window=window)
+
+
+def test_the_tiles_of_the_shipped_configuration(monkeypatch):
+    monkeypatch.undo()
+    check(1, 1, 1, 150, 150, 8, 8)
+
+
+@pytest.mark.parametrize("H, Hkv", [(4, 2), (3, 1)])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_grouped_heads(H, Hkv, p):
+    check(2, H, Hkv, 20, 25, 8, 16, p=p)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F64])
+@pytest.mark.parametrize(
+    "causal, p, window", [(True, 0.0, None), (True, 0.3, 9), (False, 0.3, None)]
+)
+def test_every_dtype(dtype, causal, p, window):
+    check(1, 2, 1, 35, 40, 16, 8, dtype=dtype, causal=causal, p=p, window=window)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
+def test_dropout(p):
+    check(1, 2, 2, 23, 37, 8, 8, p=p)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
+def test_any_scale(scale):
+    check(1, 1, 1, 20, 20, 8, 8, scale=scale)
+
+
+@pytest.mark.parametrize("size", [-62720.0, 1e4, -1e4])
+def test_scores_far_from_zero(size):
+    q, k = torch.full((1, 1, 20, 4), 1.0), torch.full((1, 1, 20, 4), size / 4)
+    v = normal(torch.Generator().manual_seed(0), 1, 1, 20, 4)
+    options = (True, 1.0, 0.0, 0, None)
+    out, lse = triton_impl.forward(q, k, v, *options)
+    counts = torch.arange(1.0, 21.0)[:, None]
+    exact = v.double().cumsum(2) / counts
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=4e-7 * v.abs().max().item())
+    torch.testing.assert_close(lse[0, 0], size + counts[:, 0].log(), rtol=2**-22, atol=1e-6)
+    grads = triton_backward.backward(v, q, k, v, out, lse, *options, (True,) * 3)
+    assert all(bool(t.isfinite().all()) for t in grads)
+
+
+def attend(q, k, v, dout, options):
+    out, lse = triton_impl.forward(q, k, v, *options)
+    return out, lse, *triton_backward.backward(dout, q, k, v, out, lse, *options, (True,) * 3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about inf - inf
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_what_is_not_seen_has_no_effect(where, bad, window):
+    T, at, column = 37, 21, 3
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dout = (normal(g, 1, 1, T, 8) for _ in range(4))
+    options = (True, 0.35, 0.0, 0, window)
+    clean = attend(q, k, v, dout, options)
+    {"q": q, "k": k, "v": v, "dout": dout}[where][0, 0, at, column] = bad
+    out, lse, dq, dk, dv = attend(q, k, v, dout, options)
+    seen = visible(T, T, True, window)
+    sees_it, seen_by_it = seen[:, at], seen[at]  # rows whose key it is; keys of its row
+    is_it = torch.arange(T) == at
+    everything = torch.ones(8, dtype=torch.bool)
+    only = torch.arange(8) == column
+    nothing = torch.zeros(T, dtype=torch.bool)
+    shared = (seen & sees_it[:, None]).any(0)  # keys that a row sees which sees the bad key
+    rows_and_columns = {  # where each result may differ from the clean one, and does
+        "q": ((is_it, everything), is_it, (is_it, everything), seen_by_it, seen_by_it),
+        "k": ((sees_it, everything), sees_it, (sees_it, everything), shared, shared),
+        "v": ((sees_it, only), nothing, (sees_it, everything), shared, nothing),
+        "dout": ((nothing, only), nothing, (is_it, everything), seen_by_it, (seen_by_it, only)),
+    }[where]
+    for name, got, want, reach in zip(
+        ("out", "lse", "dq", "dk", "dv"),
+        (out, lse, dq, dk, dv),
+        clean,
+        rows_and_columns,
+        strict=True,
+    ):
+        rows, columns = reach if isinstance(reach, tuple) else (reach, everything)
+        reached = rows[:, None] & columns if got.dim() == 4 else rows
+        assert torch.equal(got[0, 0][~reached], want[0, 0][~reached]), name
+        if math.isnan(bad):
+            assert bool(got[0, 0][reached].isnan().all()), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_only_the_window_of_a_row_reaches_it():
+    T, window, row = 40, 4, 25
+    g = torch.Generator().manual_seed(1)
+    q, k, v, dout = (normal(g, 1, 1, T, 8) for _ in range(4))
+    options = (True, 0.35, 0.0, 0, window)
+    clean = attend(q, k, v, dout, options)
+    unseen = ~visible(T, T, True, window)[row]
+    k[0, 0, unseen] = float("nan")
+    v[0, 0, unseen] = float("nan")
+    out, lse, dq, _, _ = attend(q, k, v, dout, options)
+    for got, want in ((out, clean[0]), (lse, clean[1]), (dq, clean[2])):
+        assert torch.equal(got[0, 0, row], want[0, 0, row])
+
+
+def test_every_subset_of_gradients_is_what_all_of_them_are():
+    g = torch.Generator().manual_seed(2)
+    q, k, v, dout = (normal(g, 1, 2, 20, 8) for _ in range(4))
+    options = (True, 0.35, 0.2, SEED, None)
+    out, lse, *complete = attend(q, k, v, dout, options)
+    for needs in itertools.product((False, True), repeat=3):
+        some = triton_backward.backward(dout, q, k, v, out, lse, *options, needs)
+        for need, got, want in zip(needs, some, complete, strict=True):
+            assert torch.equal(got, want) if need else got is None
+
+
+def test_same_bits_twice_and_for_a_tensor_seed():
+    g = torch.Generator().manual_seed(3)
+    q, k, v, dout = (normal(g, 1, 2, 20, 8) for _ in range(4))
+    first = attend(q, k, v, dout, (True, 0.35, 0.2, SEED, None))
+    for seed in (SEED, torch.tensor(SEED)):
+        again = attend(q, k, v, dout, (True, 0.35, 0.2, seed, None))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_expanded_inputs_and_gradients():
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (normal(g, 1, 1, 20, 8) for _ in range(3))
+    dout = normal(g, 1, 1, 1, 8).expand(2, 3, 20, 8)
+    views = [t.expand(2, 3, 20, 8) for t in (q, k, v)]
+    options = (True, 0.35, 0.2, SEED, None)
+    copies = [t.contiguous() for t in (*views, dout)]
+    got, want = attend(*views, dout, options), attend(*copies, options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_refuses_wide_heads():
+    assert triton_impl.unsupported("cpu", F32, D=256, Dv=256) is None
+    assert "D=257" in triton_impl.unsupported("cpu", F32, D=257, Dv=8)
+    assert "Dv=300" in triton_impl.unsupported("cpu", F32, D=8, Dv=300)
