@@ -24,7 +24,7 @@ class State:
         self.exp_avgs = [guarded(torch.zeros(n, dtype=acc)) for n in sizes]
         self.exp_avg_sqs = [guarded(torch.zeros(n, dtype=acc)) for n in sizes]
         self.steps = [torch.zeros((), device=DEVICE) for _ in sizes]
-        self.exact = [[p.double(), 0.0 * p.double(), 0.0 * p.double()] for p in self.params]
+        self.exact = [[p.double().clone(), 0.0 * p.double(), 0.0 * p.double()] for p in self.params]
 
     def tensors(self):
         masters = [m for m in self.masters if m is not None]

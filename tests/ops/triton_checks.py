@@ -86,7 +86,12 @@ def check(got, ref, base, factor, rejects=True):
 
 def bits(*tensors):
     """A copy of the tensors' bytes, to see that nothing was written."""
-    return [None if t is None else t.detach().clone().view(torch.uint8) for t in tensors]
+    return [
+        None
+        if t is None
+        else t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+        for t in tensors
+    ]
 
 
 def unchanged(before, *tensors):
