@@ -87,8 +87,8 @@ def assert_close(name, got, torch_result, exact, factor, floor=0.0):
 
     The noise is twice what adding and subtracting 0.3 in the dtype of the result does to it. The
     float64 `exact` cannot show torch's error in float64: give torch's float32 result, whose error
-    is scaled. `floor` is what rounding must leave where `exact` is the difference of two equal sums,
-    which torch happens to form exactly. Zeros, the negative, the double and a shift of `exact` must be outside the bound.
+    is scaled. `floor` is what the method must lose where torch's does not, by its error analysis.
+    Zeros, the negative, the double and a shift of `exact` must be outside the bound.
     """
     assert got.shape == exact.shape, name
     rounded = exact.to(got.dtype)

@@ -95,24 +95,25 @@ def check(B, H, Hkv, Tq, Tk, D, DV, dtype=F32, causal=True, p=0.0, window=None, 
     assert_close("out", out, ours[0], exact[0], 2)
     seen = exact[1] > -math.inf
     assert torch.equal(lse > -math.inf, seen)
+    # saving lse, and not p, costs the rounding of lse: a relative error of p
+    lost = torch.finfo(lse.dtype).eps * (1 + exact[1][seen].abs().max()) if seen.any() else 0.0
     if seen.any():
         own = definition(*arguments, F32)[1]
-        assert_close("lse", lse[seen], own[seen], exact[1][seen], 3)
-    # dp - delta is 0 for a query with one key; what remains of two equal sums is rounding
+        assert_close("lse", lse[seen], own[seen], exact[1][seen], 2, lost)
+    # dp - delta is 0 for a query with one key: of two equal sums their rounding remains
     terms = dout.double().abs().amax() * v.double().abs().amax() * DV * abs(scale)
-    terms *= max(q.double().abs().amax(), k.double().abs().amax())
-    floors = (terms * torch.finfo(lse.dtype).eps,) * 2 + (0.0,)
-    names = ("dq", "dk", "dv")
-    for name, got, own, want, floor in zip(names, grads, ours[2], exact[2], floors, strict=True):
+    terms *= max(q.double().abs().amax(), k.double().abs().amax()) * torch.finfo(lse.dtype).eps
+    names, extra = ("dq", "dk", "dv"), (terms, terms, 0.0)
+    for name, got, own, want, more in zip(names, grads, ours[2], exact[2], extra, strict=True):
         assert got.dtype == dtype
-        assert_close(name, got, own, want, 3, floor)
+        assert_close(name, got, own, want, 3, more + lost * want.abs().amax())
     rows = ~visible(Tq, Tk, causal, window).any(1)
     assert bool((out[:, :, rows] == 0).all())
     assert bool((grads[0][:, :, rows] == 0).all())
 
 
 @pytest.mark.parametrize(
-    "Tq, Tk", [(1, 1), (1, 20), (7, 7), (16, 16), (17, 33), (37, 53), (40, 23), (20, 1)]
+    "Tq, Tk", [(1, 1), (1, 20), (7, 7), (16, 16), (17, 33), (33, 40), (40, 23), (20, 1)]
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_equals_the_definition(Tq, Tk, causal):
@@ -124,14 +125,18 @@ def test_every_head_size(D, DV):
     check(1, 1, 1, 19, 21, D, DV)
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 20, 1000, 2**31 - 1])
-@pytest.mark.parametrize("Tq, Tk", [(40, 40), (35, 50), (50, 35)])
+@pytest.mark.parametrize(
+    "Tq, Tk, window",
+    [(40, 40, 1), (40, 40, 5), (40, 40, 16), (35, 50, 20), (50, 35, 7), (35, 50, 2**31 - 1)],
+)
 def test_a_window(Tq, Tk, window):
     check(1, 1, 1, Tq, Tk, 8, 8, window=window)
 
 
-@pytest.mark.parametrize("tiles", [(32, 16), (16, 32), (16, 64)])
-@pytest.mark.parametrize("causal, window", [(True, None), (True, 21), (False, None)])
+@pytest.mark.parametrize(
+    "tiles, causal, window",
+    [((32, 16), True, None), ((16, 32), True, 21), ((32, 16), True, 21), ((16, 64), False, None)],
+)
 def test_tiles_that_are_not_square(tiles, causal, window, monkeypatch):
     use_tiles(monkeypatch, *tiles)
     check(1, 1, 1, 70, 75, 8, 8, causal=causal, window=window)
@@ -145,7 +150,7 @@ def test_the_tiles_of_the_shipped_configuration(monkeypatch):
 @pytest.mark.parametrize("H, Hkv", [(4, 2), (3, 1)])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_grouped_heads(H, Hkv, p):
-    check(2, H, Hkv, 20, 25, 8, 16, p=p)
+    check(2, H, Hkv, 12, 17, 8, 16, p=p)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F64])
@@ -153,12 +158,12 @@ def test_grouped_heads(H, Hkv, p):
     "causal, p, window", [(True, 0.0, None), (True, 0.3, 9), (False, 0.3, None)]
 )
 def test_every_dtype(dtype, causal, p, window):
-    check(1, 2, 1, 35, 40, 16, 8, dtype=dtype, causal=causal, p=p, window=window)
+    check(1, 2, 1, 18, 33, 16, 8, dtype=dtype, causal=causal, p=p, window=window)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
 def test_dropout(p):
-    check(1, 2, 2, 23, 37, 8, 8, p=p)
+    check(1, 2, 2, 17, 23, 8, 8, p=p)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
@@ -241,7 +246,7 @@ def test_only_the_window_of_a_row_reaches_it():
 
 def test_every_subset_of_gradients_is_what_all_of_them_are():
     g = torch.Generator().manual_seed(2)
-    q, k, v, dout = (normal(g, 1, 2, 20, 8) for _ in range(4))
+    q, k, v, dout = (normal(g, 1, 1, 17, 8) for _ in range(4))
     options = (True, 0.35, 0.2, SEED, None)
     out, lse, *complete = attend(q, k, v, dout, options)
     for needs in itertools.product((False, True), repeat=3):
@@ -252,7 +257,7 @@ def test_every_subset_of_gradients_is_what_all_of_them_are():
 
 def test_same_bits_twice_and_for_a_tensor_seed():
     g = torch.Generator().manual_seed(3)
-    q, k, v, dout = (normal(g, 1, 2, 20, 8) for _ in range(4))
+    q, k, v, dout = (normal(g, 1, 1, 17, 8) for _ in range(4))
     first = attend(q, k, v, dout, (True, 0.35, 0.2, SEED, None))
     for seed in (SEED, torch.tensor(SEED)):
         again = attend(q, k, v, dout, (True, 0.35, 0.2, seed, None))
@@ -261,9 +266,9 @@ def test_same_bits_twice_and_for_a_tensor_seed():
 
 def test_expanded_inputs_and_gradients():
     g = torch.Generator().manual_seed(4)
-    q, k, v = (normal(g, 1, 1, 20, 8) for _ in range(3))
-    dout = normal(g, 1, 1, 1, 8).expand(2, 3, 20, 8)
-    views = [t.expand(2, 3, 20, 8) for t in (q, k, v)]
+    q, k, v = (normal(g, 1, 1, 12, 8) for _ in range(3))
+    dout = normal(g, 1, 1, 1, 8).expand(2, 2, 12, 8)
+    views = [t.expand(2, 2, 12, 8) for t in (q, k, v)]
     options = (True, 0.35, 0.2, SEED, None)
     copies = [t.contiguous() for t in (*views, dout)]
     got, want = attend(*views, dout, options), attend(*copies, options)

@@ -130,7 +130,7 @@ def test_every_dtype_with_and_without_dropout(x_dtype, r_dtype, w_dtype, p):
 
 
 @pytest.mark.usefixtures("narrow_blocks")
-@pytest.mark.parametrize("M, N", [(3, 33), (19, 100), (18, 96)])
+@pytest.mark.parametrize("M, N", [(3, 33), (17, 64)])
 @pytest.mark.parametrize(
     "x_dtype, r_dtype, p", [(F32, None, 0.0), (F32, F32, 0.25), (BF16, F32, 0.25), (F64, F64, 0.5)]
 )

@@ -219,7 +219,7 @@ def backward(
     acc, device = ACC[h.dtype], h.device
     block_m, block_n, num_warps = launch_config(N, acc.itemsize)
     one_block = block_n >= N
-    groups = min(triton.cdiv(M, block_m if one_block else 16), GROUPS)
+    groups = min(triton.cdiv(M, block_m if one_block else 8), GROUPS)
     weight_dtype = h.dtype if weight is None else weight.dtype
     has_dresidual = needs[1] and residual_dtype is not None
 
@@ -264,7 +264,7 @@ def backward(
     flags = {"HAS_DWEIGHT": needs[2], "HAS_DBIAS": needs[3]}
     partials = (partial_dweight, partial_dbias)
     if not one_block:
-        columns_grid = (triton.cdiv(N, 256) * groups,)
+        columns_grid = (triton.cdiv(N, 512) * groups,)
         arguments = (*partials, dy, h, mean, rstd, M, N, groups)
         launch(
             _layer_norm_columns_kernel,
@@ -272,14 +272,15 @@ def backward(
             device,
             *arguments,
             **flags,
-            BLOCK_M=16,
-            BLOCK_N=256,
+            BLOCK_M=8,
+            BLOCK_N=512,
         )
     dweight = torch.empty(N, dtype=weight_dtype, device=device) if needs[2] else None
     dbias = torch.empty(N, dtype=weight_dtype, device=device) if needs[3] else None
+    reduce_n = 64 if one_block else 512  # narrow blocks make up for few columns
     launch(
         _layer_norm_reduce_kernel,
-        (triton.cdiv(N, 64),),
+        (triton.cdiv(N, reduce_n),),
         device,
         dweight,
         dbias,
@@ -288,7 +289,7 @@ def backward(
         N,
         **flags,
         ACC=tl.float64 if acc == torch.float64 else tl.float32,
-        BLOCK_M=32,
-        BLOCK_N=64,
+        BLOCK_M=2048 // reduce_n,
+        BLOCK_N=reduce_n,
     )
     return dx, dresidual, dweight, dbias
