@@ -43,6 +43,13 @@ class AdamW(torch.optim.Optimizer):
             fused=None,
             decoupled_weight_decay=True,
         )
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0.0:
+                raise ValueError(f"{name}={value} must be at least 0")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas={betas} must lie in [0, 1)")
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} must be above 0, or None")
         super().__init__(params, defaults)
         self.max_grad_norm, self.backend = max_grad_norm, backend
         self.grad_norm: Tensor | None = None
@@ -59,6 +66,8 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
+                    if p.grad.is_sparse or not p.is_floating_point():
+                        raise ValueError("AdamW takes dense, real floating-point parameters only")
                     key = (p.device, p.dtype, group["betas"], group["eps"])
                     batches.setdefault(key, []).append((p, p.grad, group))
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -95,9 +104,39 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[p]
         kind = torch.float32 if p.dtype.itemsize == 2 else p.dtype
         if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            where = p.device if p.device.type != "cpu" else None  # the kernel advances it there
+            state["step"] = torch.zeros((), dtype=torch.float32, device=where)
             state["exp_avg"] = torch.zeros_like(p, dtype=kind)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=kind)
         if kind != p.dtype and "master" not in state:
             state["master"] = p.detach().float()
         return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's state or torch.optim.AdamW's.
+
+        Moments and masters of 16-bit parameters stay float32 (torch's loader would round them).
+        Raises ValueError for options that are not AdamW's own: amsgrad, maximize.
+        """
+        for group in state_dict["param_groups"]:
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(f"the stored state has {option}=True, which is not supported")
+            if group.get("decoupled_weight_decay") is False:
+                raise ValueError("the stored state is Adam's: its weight decay is not decoupled")
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            stored = state_dict["state"].get(i)
+            if stored is None:
+                continue
+            state = self.state[p]
+            if not isinstance(state["step"], Tensor):
+                state["step"] = torch.tensor(float(state["step"]))
+            state["step"] = state["step"].detach().clone().to(torch.float32)
+            if p.dtype.itemsize == 2:
+                for name in ("exp_avg", "exp_avg_sq", "master"):
+                    if name in stored:
+                        state[name] = stored[name].to(p.device, torch.float32, copy=True)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from gptk.ops.contract import resolve
+from gptk.ops.contract import is_reference, resolve
 
 
 def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
@@ -79,6 +80,9 @@ def adamw_(
         multiplier,
         skip,
     )
+    if not is_reference(impl):  # kernels write behind autograd's back
+        increment_version([t for ts in (*work, step) for t in ts])
+        increment_version([m for m in masters or () if m is not None])
     for originals, copies in zip((params, exp_avgs, exp_avg_sqs), work, strict=True):
         for original, copy in zip(originals, copies, strict=True):
             if original is not copy:

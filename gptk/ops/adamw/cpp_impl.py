@@ -6,7 +6,6 @@ from struct import Struct
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from gptk.native import DTYPE, load, threads
 
@@ -86,5 +85,3 @@ def update(
         float(grad_multiplier),
         threads(),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps])
-    increment_version([master for master in masters if master is not None])

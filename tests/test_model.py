@@ -1,0 +1,221 @@
+"""The whole model: three backends train alike; causality, caching, tying, autocast."""
+
+import pytest
+import torch
+from equivalence import KERNELS, error, missing, noise
+
+import gptk
+from gptk import GPT, GPTConfig
+from gptk.optim import AdamW
+from gptk.random import derive_seed
+
+SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+BACKENDS = ("torch", *KERNELS)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = missing("attention", request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def build(backend="torch", seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**SMALL, **changes}), backend=backend)
+
+
+def tokens(B, T, V=50, seed=1):
+    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def losses(backend, text, steps, dropout):
+    """Losses of `steps` updates of a tiny GPT on bytes of `text`."""
+    B, T = 2, 16
+    model = build(backend, block_size=T, vocab_size=128, dropout=dropout)
+    optimizer = AdamW(model.param_groups(0.1), lr=3e-3, max_grad_norm=1.0, backend=backend)
+    data = torch.tensor(list(text.encode("ascii")))
+    found = []
+    for step in range(steps):
+        rows = [data[(step * B + b) * T : (step * B + b + 1) * T + 1] for b in range(B)]
+        batch = torch.stack(rows)
+        loss = model(batch[:, :-1], batch[:, 1:], seed=derive_seed(7, step, 0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_32_steps_on_shakespeare_give_torchs_losses(kernels, dropout, shakespeare):
+    reason = missing("attention", kernels)
+    if reason:
+        pytest.skip(reason)
+    text = shakespeare.read_text(encoding="utf-8")[:2000]
+    ours, torchs = losses(kernels, text, 32, dropout), losses("torch", text, 32, dropout)
+    assert ((ours - torchs).abs() / torchs).max().item() <= 2e-5
+    assert torchs[-1] < 0.95 * torchs[0]  # it learns, so equal losses mean something
+    other = losses("torch", text, 2, 0.0 if dropout else 0.2)
+    assert abs(other[0] - torchs[0]) / torchs[0] > 2e-5  # and dropout is really on or off
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_err_as_little_as_pytorchs(backend, dtype):
+    idx = tokens(2, 19)
+    exact = build().double()(idx).detach()
+    plain, model = build().to(dtype), build(backend).to(dtype)
+    own, found = plain(idx).detach(), model(idx).detach()
+    assert found.dtype == dtype
+    assert error(found, exact) <= 3 * error(own, exact) + noise(exact, dtype)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(backend):
+    model, idx = build(backend), tokens(3, 8)
+    targets = tokens(3, 8, seed=2).masked_fill(torch.rand(3, 8) < 0.3, -100)
+    logits = model(idx)
+    assert logits.shape == (3, 8, 50)
+    right = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(idx, targets), right)
+    total = model(idx, targets, reduction="sum")
+    torch.testing.assert_close(total, right * (targets != -100).sum())
+
+
+def test_a_future_token_changes_no_earlier_logit(backend):
+    model, idx = build(backend), tokens(2, 12)
+    before = model(idx)
+    changed = idx.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    after = model(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7], after[:, 7])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("prompt", [1, 2, 7, 31])
+def test_cached_logits_equal_uncached_ones(backend, batch, prompt, shown):
+    tol = shown.S3()["tol"]
+    model, idx = build(backend).eval(), tokens(batch, 32)
+    with torch.no_grad():
+        full = model(idx)
+        for chunk in (prompt, 3):
+            cache = model.new_cache(batch)
+            parts = [model(part, cache=cache) for part in idx[:, :prompt].split(chunk, 1)]
+            last = min(32, prompt + 4)
+            parts += [model(idx[:, i : i + 1], cache=cache) for i in range(prompt, last)]
+            assert error(torch.cat(parts, 1), full[:, :last]) <= tol
+            assert cache.length == last
+        assert torch.equal(model(idx), full)  # nothing stays behind
+
+
+def test_a_full_cache_refuses_more(backend):
+    model = build(backend).eval()
+    cache = model.new_cache(1)
+    model(tokens(1, 32), cache=cache)
+    with pytest.raises(ValueError, match="33 tokens for block_size=32"):
+        model(tokens(1, 1), cache=cache)
+
+
+def test_head_and_embedding_are_one_parameter_with_both_gradients(backend):
+    model, idx = build(backend), tokens(2, 8)
+    assert model.lm_head.weight is model.wte.weight
+    assert "lm_head.weight" in model.state_dict()
+    model(idx, idx).backward()
+    untied = build(backend)
+    untied.lm_head.weight = torch.nn.Parameter(untied.wte.weight.detach().clone())
+    untied(idx, idx).backward()
+    both = untied.lm_head.weight.grad + untied.wte.weight.grad
+    torch.testing.assert_close(model.wte.weight.grad, both)
+    assert untied.wte.weight.grad.abs().max() > 0
+
+
+def test_state_keys_are_gpt2s():
+    keys = set(build().state_dict())
+    for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        assert {f"h.0.{name}.weight", f"h.0.{name}.bias"} <= keys
+    assert {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias", "lm_head.weight"} <= keys
+
+
+def test_dropout_is_seeded_differs_by_call_and_is_off_in_eval(backend):
+    model, idx = build(backend, dropout=0.3), tokens(2, 8)
+    assert torch.equal(model(idx, idx, seed=5), model(idx, idx, seed=5))
+    assert not torch.equal(model(idx, idx, seed=5), model(idx, idx, seed=6))
+    torch.manual_seed(3)
+    first, second = model(idx, idx), model(idx, idx)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(idx, idx))
+    assert not torch.equal(first, second)
+    plain = build(backend)
+    assert torch.equal(model.eval()(idx), plain(idx))
+
+
+def test_autocast_keeps_float32_weight_gradients(backend):
+    model, idx = build(backend), tokens(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, idx)
+        assert model(idx).dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    exact = build().double()
+    exact(idx, idx).backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32, name
+        scale = q.grad.abs().max().item()
+        assert error(p.grad, q.grad) <= 0.1 * scale, name
+        if name.endswith("c_fc.weight") and backend != "torch":  # not rounded to bf16 on the way
+            assert not torch.equal(p.grad, p.grad.bfloat16().float())
+
+
+def test_groups_counts_and_flops():
+    model = build()
+    decay, rest = model.param_groups(0.1)
+    assert all(p.dim() >= 2 for p in decay["params"])
+    assert all(p.dim() < 2 for p in rest["params"])
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    C, L, V = 16, 2, 50
+    N = V * C + L * (12 * C * C + 13 * C) + 2 * C
+    assert model.num_params() == N
+    assert model.num_params(non_embedding=False) == N + 32 * C
+    assert model.flops_per_token(8) == 6 * N + 12 * L * C * 8
+
+
+def test_gpt2_124m_has_its_size():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.num_params(non_embedding=False) == 124_439_808
+
+
+def test_wrong_sizes_are_refused():
+    for wrong in (dict(n_embd=15), dict(n_layer=0), dict(dropout=1.5), dict(vocab_size=0)):
+        with pytest.raises(ValueError, match="n_head|n_layer|dropout|vocab_size"):
+            GPT(GPTConfig(**{**SMALL, **wrong}))
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        build("cuda")(tokens(1, 2))
+
+
+def test_explain_names_what_runs():
+    text = gptk.explain(build("torch"))
+    for op in ("layer_norm", "attention", "linear", "mlp", "linear_cross_entropy"):
+        assert f"{op}" in text
+    assert "torch (asked: torch" in text
+
+
+def test_use_backend_sets_the_default_and_restores_it():
+    x = torch.ones(2, 4)
+    with gptk.use_backend("torch"):
+        assert gptk.functional.gelu(x.requires_grad_()).grad_fn.name() != "GeluFunctionBackward"
+    with (
+        pytest.raises(ValueError, match="allowed: auto, torch, triton, cpp"),
+        gptk.use_backend("x"),
+    ):
+        pass
+
+
+def test_unavailable_backends_raise_with_every_reason(monkeypatch):
+    monkeypatch.setattr("gptk.ops.contract.availability", lambda b: f"{b} is not here")
+    monkeypatch.setattr("gptk.ops.contract._candidates", {})
+    with pytest.raises(gptk.Unsupported, match="cpp is not here"):
+        gptk.functional.gelu(torch.ones(2), backend="cpp")
