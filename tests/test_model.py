@@ -190,7 +190,7 @@ def test_gpt2_124m_has_its_size():
 
 def test_wrong_sizes_are_refused():
     for wrong in (dict(n_embd=15), dict(n_layer=0), dict(dropout=1.5), dict(vocab_size=0)):
-        with pytest.raises(ValueError, match="n_head|n_layer|dropout|vocab_size"):
+        with pytest.raises(ValueError, match=r"n_head|n_layer|dropout|vocab_size"):
             GPT(GPTConfig(**{**SMALL, **wrong}))
     with pytest.raises(ValueError, match="backend='cuda'"):
         build("cuda")(tokens(1, 2))

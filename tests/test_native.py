@@ -313,14 +313,12 @@ def test_adamw_changes_its_tensors_and_nothing_beside_them():
     p, m, v = inside[::3], inside[1::3], inside[2::3]
     grads = [torch.ones_like(t) for t in p]
     steps = [torch.zeros(()) for _ in p]
-    versions = [t._version for t in (*p, *m, *v)]
     args = ([None] * 4, steps, [0.1] * 4, [0.0] * 4, 0.9, 0.999, 1e-8, 1.0)
     op("adamw").update(p, grads, m, v, *args, torch.tensor(True))
     assert all((t == 0.5).all() for t in inside)
     op("adamw").update(p, grads, m, v, *args, None)
     assert all((t != 0.5).all() and t.isfinite().all() for t in inside)
     assert [int(step) for step in steps] == [1] * 4
-    assert all(now._version > old for now, old in zip((*p, *m, *v), versions, strict=True))
     for t in memory:
         assert t[:GUARD].isnan().all()
         assert t[-GUARD:].isnan().all()

@@ -10,6 +10,7 @@ from gptk.model import GPT, GPTConfig
 from gptk.text.tokenizer import Tokenizer
 from gptk.train import checkpoint, folder, state
 from gptk.train.checkpoint import CheckpointError
+from gptk.train.data import load_tokenizer
 
 
 def load(
@@ -34,7 +35,7 @@ def load(
     _check_sizes(found, config, tensors)
     model = GPT(config, backend=backend)
     checkpoint.load_model(model, tensors, stored["tied"])
-    return model.to(device).eval(), Tokenizer.load(found / state.TOKENIZER), stored
+    return model.to(device).eval(), load_tokenizer(found / state.TOKENIZER), stored
 
 
 def find(run: Path) -> Path:

@@ -64,6 +64,10 @@ def main(argv: list[str]) -> int:
     check_backend(config.backend)
     device = hardware.choose_device(config.device)
     model, tokenizer, _ = load.load(run, config.backend, device)
+    try:
+        tokenizer.encode(config.prompt)
+    except ValueError as error:
+        raise UsageError(f"--prompt: {error}") from None
     print(config.prompt, end="", flush=True)
     pieces = generate.stream(
         model, tokenizer, config.prompt, config.max_new_tokens, sampling, seed=config.seed

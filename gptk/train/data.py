@@ -1,66 +1,85 @@
-"""A run's data: text, tokenizer, and batches as a pure function of the position."""
+"""A run's data: its text, its tokenizer, and batches as a pure function of the position."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptk.text import corpus, tokenizer, windows
-from gptk.train.config import TrainConfig
+from gptk.text import corpus
+from gptk.text.corpus import Corpus
+from gptk.text.tokenizer import Tokenizer
+from gptk.text.windows import Windows
+from gptk.train.config import ConfigError, TrainConfig
+
+EVAL_TOKENS = 8192
+"""Tokens in one batch of the validation pass, whatever the batch size of the training."""
 
 
-@dataclass
 class RunData:
-    tokenizer: Any
-    train: Any
-    val: Any
-    identity: dict[str, Any]
-    summary: str
-    token_bytes: Tensor
-    bytes_per_token: float
-    n_train: int
-    batch_size: int
+    """Training and validation windows of one corpus under one tokenizer."""
+
+    def __init__(self, settings: TrainConfig, text: Corpus, tokenizer: Tokenizer) -> None:
+        T = settings.model.block_size
+        self.tokenizer, self.block_size = tokenizer, T
+        ids = {}
+        windows = {}
+        for split, batch_size in (("train", settings.optim.batch_size), ("val", 1)):
+            with _one_sentence(f"{split} split of {text.name}: "):
+                ids[split] = tokenizer.encode(getattr(text, split))
+                windows[split] = Windows(ids[split], T, batch_size, settings.run.seed)
+        self._train, self._val = windows["train"], windows["val"]
+        self.n_train = len(ids["train"])
+        self.token_bytes = torch.tensor(tokenizer.token_bytes)  # (V,) int64
+        self.bytes_per_token = len(text.train.encode()) / self.n_train
+        self.identity = {"corpus sha256": text.sha256, "tokenizer sha256": tokenizer.sha256}
+        self.summary = (
+            f"{text.name}: {len(text.train) + len(text.val):,} characters, sha256 {text.sha256}; "
+            f"{self.n_train:,} training tokens, {len(ids['val']):,} held out"
+        )
 
     @property
     def vocab_size(self) -> int:
+        """Of the tokenizer; a bpe that finds few pairs has fewer tokens than it was asked for."""
         return self.tokenizer.vocab_size
 
-    @property
-    def tokenizer_summary(self) -> str:
-        return f"{self.tokenizer.kind}, {self.vocab_size} tokens"
-
-    def save_tokenizer(self, path: Path) -> None:
-        self.tokenizer.save(path)
-
     def train_batch(self, cursor: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        x, y = self.train.batch(cursor)
-        return x.to(device), y.to(device)
+        """Micro-batch number `cursor` of the run: (idx, targets), each (B, T) int64."""
+        idx, targets = self._train.batch(cursor)
+        return idx.to(device), targets.to(device)
 
-    def val_batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in self.val.ordered(batch_size):
-            yield x.to(device), y.to(device)
+    def val_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every window of the validation split once, in order."""
+        for idx, targets in self._val.ordered(max(1, EVAL_TOKENS // self.block_size)):
+            yield idx.to(device), targets.to(device)
 
 
-def load_data(settings: TrainConfig, stored_tokenizer: Path | None) -> RunData:
-    text = corpus.load(settings.data.data)
-    tok = (
-        tokenizer.Tokenizer.load(stored_tokenizer)
-        if stored_tokenizer
-        else tokenizer.Tokenizer.make(settings.data.tokenizer, text.train)
-    )
-    tr, va = tok.encode(text.train), tok.encode(text.val)
-    T = settings.model.block_size
-    return RunData(
-        tok,
-        windows.Windows(tr, T, settings.optim.batch_size, settings.run.seed),
-        windows.Windows(va, T, 1, 0),
-        {"corpus sha256": text.sha256, "tokenizer sha256": tok.sha256},
-        f"{text.name} sha {text.sha256}",
-        torch.tensor(tok.token_bytes),
-        len(text.train.encode()) / len(tr),
-        len(tr),
-        settings.optim.batch_size,
-    )
+def load_text(settings: TrainConfig) -> Corpus:
+    """The corpus; ConfigError if it cannot be used."""
+    with _one_sentence(""):
+        return corpus.load(settings.data.data)
+
+
+def make_tokenizer(settings: TrainConfig, text: Corpus) -> Tokenizer:
+    """The tokenizer that --tokenizer asks for. A bpe learns from the training split only; the
+    alphabet of char is that of the whole text, for nothing is learned from it."""
+    kind = settings.data.tokenizer
+    learned_from = text.train + text.val if kind == "char" else text.train
+    with _one_sentence(f"--tokenizer {kind}: "):
+        return Tokenizer.make(kind, learned_from, settings.data.vocab_size)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint or run folder."""
+    with _one_sentence(f"{path}: "):
+        return Tokenizer.load(path)
+
+
+@contextlib.contextmanager
+def _one_sentence(before: str) -> Iterator[None]:
+    """What the text side refuses is a wrong setting here."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{before}{error}") from None

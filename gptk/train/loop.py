@@ -119,14 +119,14 @@ def _update(run: Run, lr: float, loss: float) -> float:
     if scaler is None:
         optimizer.step()
         if bool(optimizer.skipped):
-            norm = float(optimizer.grad_norm)
-            raise NonFinite(_non_finite(run, f"the gradient norm is {norm}"))
+            raise NonFinite(_non_finite(run, f"the gradient norm is {optimizer.grad_norm}"))
     else:
         scaler.step(optimizer)  # float16 overflows now and then: the scale halves, the run goes on
         scaler.update()
         if scaler.get_scale() < 1.0:
             raise NonFinite(_non_finite(run, "float16 gradients overflow even unscaled"))
     optimizer.zero_grad(set_to_none=True)
+    assert optimizer.grad_norm is not None  # max_grad_norm is always set
     return float(optimizer.grad_norm)
 
 
@@ -144,7 +144,7 @@ def _validate(run: Run, stop: Stop) -> Score | None:
     """Evaluate the whole validation split and log it; None if a signal came first (a resumed run
     then begins with it)."""
     start = time.perf_counter()
-    batches = run.data.val_batches(run.config.optim.batch_size, run.device)
+    batches = run.data.val_batches(run.device)
     try:
         score = evaluate(run.model, batches, run.data.token_bytes, run.autocast, stop)
     except Interrupted:
@@ -186,7 +186,7 @@ def save(run: Run) -> None:
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
     }
     root = run.path / folder.CHECKPOINTS
-    state.save(root, run.model, run.optimizer, content, run.data.save_tokenizer)
+    state.save(root, run.model, run.optimizer, content, run.data.tokenizer.save)
     run.at.saved = run.at.step
 
 

@@ -19,7 +19,7 @@ from gptk.ops import contract
 from gptk.optim import AdamW
 from gptk.train import checkpoint, config, folder, hardware, report, state
 from gptk.train.config import ConfigError, TrainConfig
-from gptk.train.data import RunData, load_data
+from gptk.train.data import RunData, load_text, load_tokenizer, make_tokenizer
 from gptk.train.loop import NonFinite, Position, Run, train
 from gptk.train.metrics import Metrics
 from gptk.train.options import Request
@@ -53,11 +53,12 @@ def opened(request: Request) -> Iterator[Run]:
         resumed = checkpoint.newest(root, print) if request.resume is not None else None
         if request.resume is not None and resumed is None:
             print(f"{path} has no checkpoint yet: starting at step 0")
-        data = load_data(settings, resumed / state.TOKENIZER if resumed else None)
-        a_run = _assemble(path, settings, data, device, dtype, resumed)
+        stored = state.read(resumed) if resumed else None
+        data = _load_data(settings, path, resumed, stored)
+        a_run = _assemble(path, settings, data, device, dtype, resumed, stored)
         try:
             folder.save_config(path, settings)
-            data.save_tokenizer(path / state.TOKENIZER)
+            data.tokenizer.save(path / state.TOKENIZER)
             for line in describe(a_run, dtype, dtype_reason, resumed):
                 print(line)
             sys.stdout.flush()
@@ -78,6 +79,26 @@ def check_backend(name: str) -> None:
         raise ConfigError(f"--backend {name}: {reason}")
 
 
+def _load_data(
+    settings: TrainConfig, path: Path, resumed: Path | None, stored: dict[str, Any] | None
+) -> RunData:
+    """The data; of a resumed run with the checkpoint's tokenizer, and refused if it differs."""
+    text = load_text(settings)
+    if resumed is None or stored is None:
+        return RunData(settings, text, make_tokenizer(settings, text))
+    before = {k: stored["data"].get(k) for k in ("corpus sha256", "tokenizer sha256")}
+    now = {
+        "corpus sha256": text.sha256,
+        "tokenizer sha256": load_tokenizer(path / state.TOKENIZER).sha256
+        if (path / state.TOKENIZER).exists()
+        else before["tokenizer sha256"],
+    }
+    differing = {f"data {k}": (old, now[k]) for k, old in before.items() if old != now[k]}
+    if differing:
+        raise ConfigError(folder.refusal(differing))
+    return RunData(settings, text, load_tokenizer(resumed / state.TOKENIZER))
+
+
 def _assemble(
     path: Path,
     settings: TrainConfig,
@@ -85,6 +106,7 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
     resumed: Path | None,
+    stored: dict[str, Any] | None,
 ) -> Run:
     model_config = GPTConfig(vocab_size=data.vocab_size, **dataclasses.asdict(settings.model))
     identity: dict[str, Any] = {
@@ -95,7 +117,6 @@ def _assemble(
         "environment": hardware.environment(device),
         "backend": settings.run.backend,
     }
-    stored = state.read(resumed) if resumed else None
     at = Position()
     if stored is not None:
         _check_same_run(stored, identity, settings)
@@ -172,7 +193,8 @@ def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) 
         f"run folder     {a_run.path}"
         + (f", continuing from {resumed.name}" if resumed is not None else ""),
         f"data           {data.summary}",
-        f"tokenizer      {data.tokenizer_summary}",
+        f"tokenizer      {settings.data.tokenizer}, {data.vocab_size:,} tokens, "
+        f"{data.bytes_per_token:.2f} bytes of text each",
         f"model          {model.num_params(non_embedding=False):,} parameters "
         f"({model.num_params():,} without position embeddings)",
         f"step           {per_step:,} tokens; {optim.max_steps:,} steps see the training text "

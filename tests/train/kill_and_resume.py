@@ -46,7 +46,8 @@ class Trainer:
         self.data = self.folder / "data.txt"
         self.data.write_text(text(n_paragraphs))
         self.words = [*settings, f"--backend={backend}", f"--max-steps={max_steps}"]
-        self.environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         self.environment |= environment or {}
 
     def start(self, run, *more):
