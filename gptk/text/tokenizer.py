@@ -1,74 +1,136 @@
-"""Tokenizers: bytes, characters, or byte-level BPE (the `tokenizers` package). Saved as JSON."""
+"""Tokenizers: bytes, characters, or byte-level BPE. Tokens are bytes; saved as JSON."""
 
 import hashlib
 import json
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+KINDS = ("byte", "char", "bpe")
+
 
 class Tokenizer:
-    """Ids for text. `table` is the character list (char) or the BPE's own JSON (bpe)."""
+    """Ids for text; decode(encode(text)) == text.
 
-    def __init__(self, kind: str, table: Any = None) -> None:
-        self.kind, self.table = kind, table
+    Attributes:
+        kind: one of KINDS.
+        pieces: the bytes of each id; special tokens come last.
+        token_bytes: bytes of text in each id; 0 for special tokens, which are no text.
+        note: one line about what was not as asked, or "".
+    """
+
+    def __init__(self, kind: str, table: Any = None, special: Sequence[str] = ()) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"tokenizer kind {kind!r}: must be one of {', '.join(KINDS)}")
+        if not all(special) or len(set(special)) != len(special):
+            raise ValueError(f"special tokens {list(special)}: must be distinct and not empty")
+        self.kind, self.table, self.special, self.note = kind, table, tuple(special), ""
         if kind == "char":
             self.pieces = [c.encode() for c in table]
             self._ids = {c: i for i, c in enumerate(table)}
         elif kind == "byte":
             self.pieces = [bytes([i]) for i in range(256)]
         else:
-            import tokenizers
+            from gptk.text import bpe
 
-            self._bpe = tokenizers.Tokenizer.from_str(table)
-            alphabet = _byte_of_symbol()
-            names = (self._bpe.id_to_token(i) for i in range(self._bpe.get_vocab_size()))
-            self.pieces = [bytes(alphabet[c] for c in name) for name in names]
+            merges = [(int(left), int(right)) for left, right in table]
+            self.pieces = bpe.tokens(merges)
+            self._chunks, self._encoder = bpe.chunks, bpe.encoder(merges, self.pieces)
+        self.token_bytes = [len(p) for p in self.pieces] + [0] * len(special)
+        self._special_ids = {name: len(self.pieces) + i for i, name in enumerate(special)}
+        self.pieces += [name.encode() for name in special]
         self.vocab_size = len(self.pieces)
-        self.token_bytes = [len(p) for p in self.pieces]
 
     @classmethod
-    def make(cls, kind: str, text: str, vocab_size: int = 1024) -> "Tokenizer":
-        """Build from training text; bpe learns at most vocab_size tokens from it."""
+    def make(
+        cls, kind: str, text: str, vocab_size: int = 1024, special: Sequence[str] = ()
+    ) -> "Tokenizer":
+        """Build from training text.
+
+        Args:
+            vocab_size: of bpe, special tokens included; a text with too few pairs gives fewer
+                tokens and a `note`. The others' sizes follow from the text.
+            special: names of control tokens; they get the last ids.
+
+        Raises:
+            ValueError: no text to learn from, or too small a vocabulary.
+        """
+        _check(text)
+        if kind in ("char", "bpe") and not text:
+            raise ValueError(f"a {kind} tokenizer cannot be built: the text is empty")
         if kind == "char":
-            return cls("char", sorted(set(text)))
-        if kind == "byte":
-            return cls("byte")
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+            return cls("char", sorted(set(text)), special)
+        if kind != "bpe":
+            return cls(kind, None, special)
+        from gptk.text import bpe
 
-        bpe = tokenizers.Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=symbols, show_progress=False
-        )
-        bpe.train_from_iterator([text], trainer)
-        return cls("bpe", bpe.to_str())
+        least = 256 + len(special)
+        if vocab_size < least:
+            raise ValueError(
+                f"vocabulary size {vocab_size}: bpe needs at least {least} tokens, "
+                "one for each byte and special token"
+            )
+        made = cls("bpe", bpe.train(text, vocab_size - least), special)
+        if made.vocab_size < vocab_size:
+            made.note = (
+                f"bpe: the text holds only {made.vocab_size - least} pairs to merge, so the "
+                f"vocabulary has {made.vocab_size} tokens instead of {vocab_size}"
+            )
+        return made
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; nothing in it is ever a control token."""
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of the text. The name of a special token is plain text like any other, unless the
+        caller lists it in allowed_special.
+
+        Raises:
+            ValueError: a character without UTF-8 form or outside the vocabulary of char, or an
+                allowed name that is no special token.
+        """
+        _check(text)
+        for name in allowed_special:
+            if name not in self._special_ids:
+                raise ValueError(f"{name!r} is not a special token of this tokenizer")
+        if not allowed_special:
+            return self._encode(text, 0)
+        longest_first = sorted(allowed_special, key=len, reverse=True)
+        ids: list[int] = []
+        offset = 0
+        for part in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text):
+            known = part in allowed_special
+            ids += [self._special_ids[part]] if known else self._encode(part, offset)
+            offset += len(part)
+        return ids
+
+    def _encode(self, text: str, offset: int) -> list[int]:
         if self.kind == "byte":
             return list(text.encode())
         if self.kind == "bpe":
-            return self._bpe.encode(text).ids
+            parts = (self._encoder.encode(part).ids for part in self._chunks(text))
+            return [i for part in parts for i in part]
         try:
             return [self._ids[c] for c in text]
         except KeyError as error:
             c = error.args[0]
             raise ValueError(
-                f"character {c!r} (U+{ord(c):04X}) at {text.index(c)} is not in the vocabulary"
+                f"character {c!r} (U+{ord(c):04X}) at offset {offset + text.index(c)} "
+                "is not in the vocabulary"
             ) from None
 
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        """The bytes of the ids; an id outside the vocabulary is a ValueError."""
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids, joined.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        ids = list(ids)
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-        return b"".join(self.pieces[i] for i in ids)
+        return b"".join([self.pieces[i] for i in ids])
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids; bytes that are no UTF-8 become U+FFFD after joining."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD, after joining."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     @property
@@ -77,21 +139,36 @@ class Tokenizer:
         return hashlib.sha256(self._json().encode()).hexdigest()
 
     def _json(self) -> str:
-        return json.dumps({"kind": self.kind, "table": self.table}, sort_keys=True)
+        stored = {"kind": self.kind, "table": self.table, "special": self.special}
+        return json.dumps(stored, sort_keys=True)
 
     def save(self, path: Path) -> None:
-        """Write JSON."""
-        Path(path).write_text(self._json(), encoding="utf-8")
+        """Write JSON, ASCII only."""
+        Path(path).write_bytes(self._json().encode("ascii"))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read what save() wrote."""
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(stored["kind"], stored["table"])
+        """Read what save() wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+            OSError: it cannot be read.
+        """
+        raw = Path(path).read_bytes()
+        try:
+            stored = json.loads(raw)
+            return cls(stored["kind"], stored["table"], stored.get("special", ()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{Path(path).name} is not a saved tokenizer ({error!r})") from None
 
 
-def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(rest)}
+def _check(text: str) -> None:
+    """ValueError for a lone surrogate, the only character without UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(
+            f"character U+{code:04X} at offset {error.start} is a lone surrogate: "
+            "it has no UTF-8 form"
+        ) from None
