@@ -7,6 +7,7 @@ Reference: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2), 
 """
 
 import heapq
+import itertools
 import re
 from collections import Counter, defaultdict
 
@@ -65,7 +66,7 @@ def train(text: str, n_merges: int) -> list[Pair]:
     count: Counter[Pair] = Counter()
     holders: defaultdict[Pair, set[int]] = defaultdict(set)  # words that may hold the pair
     for n, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in itertools.pairwise(word):
             count[pair] += weights[n]
             holders[pair].add(n)
     heap = [(-total, pair) for pair, total in count.items()]
@@ -80,9 +81,9 @@ def train(text: str, n_merges: int) -> list[Pair]:
         changed: Counter[Pair] = Counter()
         for n in holders.pop(best):
             old, word = words[n], _merge(words[n], best, new)
-            for pair in zip(old, old[1:], strict=False):
+            for pair in itertools.pairwise(old):
                 changed[pair] -= weights[n]
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 changed[pair] += weights[n]
                 if new in pair:
                     holders[pair].add(n)
@@ -111,13 +112,20 @@ def tokens(merges: list[Pair]) -> list[bytes]:
     """The bytes of each id: the 256 bytes, then one token per merge.
 
     Raises:
-        ValueError: a merge of ids that do not exist before it.
+        ValueError: a merge of ids that do not exist before it, or of bytes that have an id.
+            Training makes neither: no merge crosses the ends of a token, so its bytes merge in
+            every place as they do alone.
     """
     found = [bytes([byte]) for byte in range(256)]
+    known = set(found)
     for left, right in merges:
         if not (0 <= left < len(found) and 0 <= right < len(found)):
             raise ValueError(f"merge {len(found)} joins {left} and {right}, which come later")
-        found.append(found[left] + found[right])
+        token = found[left] + found[right]
+        if token in known:
+            raise ValueError(f"merge {len(found)} makes {token!r} a second time")
+        known.add(token)
+        found.append(token)
     return found
 
 
