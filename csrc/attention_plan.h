@@ -46,7 +46,7 @@ static inline int64_t backward_keys(int64_t heads, int64_t Tk) {
   return (tiles + parts - 1) / parts * BACKWARD_KEYS;
 }
 
-// Elements of dq sums: (H / Hkv, Tq, D), padded, per item; per thread where an item is a whole head.
+// Elements of dq sums: (H / Hkv, Tq, D), padded, per item; per thread where an item is a head.
 static inline int64_t backward_dq_size(int64_t H, int64_t Hkv, int64_t Tq, int64_t D) {
   return H / Hkv * Tq * padded(D);
 }

@@ -112,9 +112,10 @@ struct gptk_cross_entropy_backward_args {
   int32_t threads;
 };
 
-/* out = dropout(softmax(scale q k^T, masked)) v, never storing Tq x Tk. Query head h reads key head h / (H / Hkv).
-   causal: query i sees keys j <= i + Tk - Tq; window > 0: only the last `window` of those. A row without keys: out 0,
-   lse -inf. Dropout row (b * H + h) * Tq + i, column j. q, k, v: columns adjacent, strides <x>_b, <x>_h, <x>_t. */
+/* out = dropout(softmax(scale q k^T, masked)) v, never storing Tq x Tk. Query head h reads key head
+    h / (H / Hkv). causal: query i sees keys j <= i + Tk - Tq; window > 0: only the last `window` of
+    those. A row without keys: out 0, lse -inf. Dropout row (b * H + h) * Tq + i, column j.
+    q, k, v: columns adjacent, strides <x>_b, <x>_h, <x>_t. */
 struct gptk_attention_forward_args {
   void* out;     /* (B, Tq, H, Dv) dtype */
   void* lse;     /* (B, H, Tq) acc: log of the sum of exponentials, before dropout */
@@ -132,16 +133,16 @@ struct gptk_attention_forward_args {
 };
 
 struct gptk_attention_backward_args {
-  void* dq;            /* (B, Tq, H, D) dtype, or NULL */
-  void* dk;            /* (B, Tk, Hkv, D) dtype, or NULL */
-  void* dv;            /* (B, Tk, Hkv, Dv) dtype, or NULL */
-  void* scratch;       /* (attention_backward_scratch,) acc: see attention_plan.h */
-  const void* dout;    /* (B, H, Tq, Dv) dtype */
-  const void* q;       /* (B, H, Tq, D) dtype */
-  const void* k;       /* (B, Hkv, Tk, D) dtype */
-  const void* v;       /* (B, Hkv, Tk, Dv) dtype */
-  const void* out;     /* (B, H, Tq, Dv) dtype */
-  const void* lse;     /* (B, H, Tq) acc */
+  void* dq;         /* (B, Tq, H, D) dtype, or NULL */
+  void* dk;         /* (B, Tk, Hkv, D) dtype, or NULL */
+  void* dv;         /* (B, Tk, Hkv, Dv) dtype, or NULL */
+  void* scratch;    /* (attention_backward_scratch,) acc: see attention_plan.h */
+  const void* dout; /* (B, H, Tq, Dv) dtype */
+  const void* q;    /* (B, H, Tq, D) dtype */
+  const void* k;    /* (B, Hkv, Tk, D) dtype */
+  const void* v;    /* (B, Hkv, Tk, Dv) dtype */
+  const void* out;  /* (B, H, Tq, Dv) dtype */
+  const void* lse;  /* (B, H, Tq) acc */
   int64_t B, H, Hkv, Tq, Tk, D, Dv;
   int64_t dout_b, dout_h, dout_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t;
   int64_t window; /* 0: none */

@@ -90,6 +90,15 @@ def test_the_source_distribution_holds_the_native_sources(checkout, tmp_path):
     assert wanted - packed == set()
 
 
+# an editable install's import hook would find the extension of the checkout: it is taken away
+WITHOUT_HOOK = (
+    "import sys; "
+    "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
+    "; exec(sys.argv.pop(1))"
+)
+ALONE = [sys.executable, "-c", WITHOUT_HOOK]
+
+
 @pytest.mark.parametrize("why", ["switched off", "no compiler"])
 def test_a_pure_python_install_says_so_and_trains(checkout, tmp_path, why):
     if why == "switched off":
@@ -107,14 +116,21 @@ def test_a_pure_python_install_says_so_and_trains(checkout, tmp_path, why):
 
     run_dir = tmp_path / "run"
     trained = run(
-        [sys.executable, "-m", "gptk", "train", "--backend=torch", f"--out={run_dir}", *TINY],
+        [
+            *ALONE,
+            "sys.argv[0] = 'gptk'; from gptk.cli import main; sys.exit(main())",
+            "train",
+            "--backend=torch",
+            f"--out={run_dir}",
+            *TINY,
+        ],
         tmp_path,
         PYTHONPATH=str(target),
         OMP_NUM_THREADS="1",
     )
     assert (run_dir / "metrics.jsonl").read_text().count("\n") >= 1, trained
     where = run(
-        [sys.executable, "-c", "import gptk.native as n; print(n.__file__, n.available())"],
+        [*ALONE, "import gptk.native as n; print(n.__file__, n.available())"],
         tmp_path,
         PYTHONPATH=str(target),
     )

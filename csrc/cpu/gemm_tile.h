@@ -20,7 +20,7 @@ namespace gptk {
 namespace GPTK_ISA {
 namespace {
 
-// Sums + one row of B + one broadcast element fit the registers: 32 of AVX-512 and aarch64, 16 else.
+// Sums, a row of B and one broadcast element fit the registers: 32 of AVX-512, aarch64; else 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int KERNEL_ROWS = 8;
 #elif defined(__AVX2__)
