@@ -5,15 +5,15 @@ computed anew for every further token: the cache helps up to block_size tokens a
 that of the uncached model at every length.
 """
 
-import codecs
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptk.model import GPT
+from gptk.text.stream import StreamDecoder
 from gptk.text.tokenizer import Tokenizer
 from gptk.train.evaluate import evaluating
 
@@ -148,23 +148,27 @@ def stream(
     sampling: Sampling | None = None,
     *,
     seed: int | None = None,
+    stops: Sequence[str] = (),
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` in pieces of whole characters, as they are drawn.
 
     Tokens are bytes: an incomplete character waits for the tokens that complete it. The joined
-    pieces are the text of all tokens. An empty prompt stands for a new line.
+    pieces are the text of all tokens, up to the first of the `stops`, of which no part is yielded.
+    An empty prompt stands for a new line.
 
     Raises:
         ValueError: the prompt holds a character that the tokenizer does not know.
     """
     ids = torch.tensor([tokenizer.encode(prompt or "\n")])
-    text = codecs.getincrementaldecoder("utf-8")("replace")
+    text = StreamDecoder(tokenizer, stops)
     for new in generate(
         model, ids, max_new_tokens, sampling, seed=seed, vocab_size=tokenizer.vocab_size
     ):
-        piece = text.decode(tokenizer.decode_bytes(new.tolist()))
+        piece = text.push(int(new))
         if piece:
             yield piece
-    rest = text.decode(b"", final=True)
+        if text.stopped:
+            return
+    rest = text.flush()
     if rest:
         yield rest

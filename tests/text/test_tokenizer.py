@@ -93,7 +93,7 @@ def test_every_merge_has_the_highest_count_recounted_from_scratch(shown, text):
 
 def test_no_two_ids_have_the_same_bytes():
     table = bpe.tokens(bpe.train("aaaa aaa aaab baaa abab aabaa " * 5, 60))
-    assert len(set(table)) == len(table) > 270
+    assert len(set(table)) == len(table) > 260
     with pytest.raises(ValueError, match="merge 259 makes b'aaa' a second time"):
         bpe.tokens([(97, 97), (256, 97), (98, 98), (97, 256)])
 
