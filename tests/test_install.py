@@ -92,9 +92,8 @@ def test_the_source_distribution_holds_the_native_sources(checkout, tmp_path):
 
 # an editable install's import hook would find the extension of the checkout: it is taken away
 WITHOUT_HOOK = (
-    "import sys; "
-    "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
-    "; exec(sys.argv.pop(1))"
+    "import sys; hook = lambda f: 'editable' in getattr(f, '__module__', ''); "
+    "sys.meta_path[:] = [f for f in sys.meta_path if not hook(f)]; exec(sys.argv.pop(1))"
 )
 ALONE = [sys.executable, "-c", WITHOUT_HOOK]
 

@@ -209,3 +209,22 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def once_differentiable(backward: Callable[P, R]) -> Callable[P, R]:
+    """Mark an autograd.Function's backward: with create_graph=True it is an error.
+
+    torch's decorator of this name detaches the results instead, and a term of a second derivative
+    can then be missing without a word.
+    """
+
+    @functools.wraps(backward)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True reached a gptk kernel, which has no second derivative; "
+                "for double backward take backend='torch'"
+            )
+        return backward(*args, **kwargs)
+
+    return run

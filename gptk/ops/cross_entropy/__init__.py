@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import _reduction
 
-from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.ops.contract import (
+    autocast_dtype,
+    is_reference,
+    once_differentiable,
+    outside_autocast,
+    resolve,
+)
 
 
 def cross_entropy(

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptk.ops.contract import is_reference, outside_autocast, resolve
+from gptk.ops.contract import is_reference, once_differentiable, outside_autocast, resolve
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:

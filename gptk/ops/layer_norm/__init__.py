@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.ops.contract import (
+    autocast_dtype,
+    is_reference,
+    once_differentiable,
+    outside_autocast,
+    resolve,
+)
 from gptk.random import Seed, check_probability, draw_seed
 
 

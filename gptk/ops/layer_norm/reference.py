@@ -17,7 +17,11 @@ def layer_norm(
     seed: Seed = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Ba et al. 2016, https://arxiv.org/abs/1607.06450; a residual is added first and returned."""
-    if residual is None:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    residual = residual + dropout(input, dropout_p, seed)
-    return F.layer_norm(residual, normalized_shape, weight, bias, eps), residual
+    if residual is not None:
+        input = residual + dropout(input, dropout_p, seed)
+    if input.dtype.itemsize == 2:  # torch would sum 16-bit weight gradients in 16 bits
+        weight, bias = (None if p is None else p.float() for p in (weight, bias))
+        y = F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
+    else:
+        y = F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return y if residual is None else (y, input)

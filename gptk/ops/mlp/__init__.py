@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptk.ops.contract import autocast_dtype, is_reference, outside_autocast, resolve
+from gptk.ops.contract import (
+    autocast_dtype,
+    is_reference,
+    once_differentiable,
+    outside_autocast,
+    resolve,
+)
 from gptk.ops.linear import check_activation, check_product
 
 
