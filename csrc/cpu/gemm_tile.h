@@ -128,8 +128,9 @@ void gemm(Range rows, int64_t N, const A* a, int64_t lda, const A* b, int64_t b_
       const int step = static_cast<int>(smaller(max_rows, rows.end - m));
       const Range range = k_range(m, m + step - 1);
       Epilogue<A> part = end;
-      for (int64_t k = range.begin; k < range.end; k += DEPTH, part.add = true) {
-        const int64_t depth = smaller(DEPTH, range.end - k);
+      // parts end at multiples of DEPTH, so skipping leading zeros leaves the sum's bits alone
+      for (int64_t k = range.begin, depth; k < range.end; k += depth, part.add = true) {
+        depth = smaller(DEPTH - k % DEPTH, range.end - k);
         const A* a_step = SIDE == Adjacent::rows ? a + m + k * lda : a + m * lda + k;
         A* c_step = c + m * ldc + n;
         if (N - n > W)
