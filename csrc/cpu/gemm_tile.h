@@ -8,8 +8,9 @@
 //   b[(n / PANEL) * K * PANEL + k * PANEL + n % PANEL]
 //
 // which the kernel reads straight through. A kernel call keeps up to KERNEL_ROWS x PANEL sums in
-// registers, over at most DEPTH k: longer sums are added from such parts, which more than halves the
-// error of one long chain. C has its columns padded to PANEL; what falls into the padding is never used.
+// registers, over at most DEPTH k: longer sums are added from such parts, which more than halves
+// the error of one long chain. C has its columns padded to PANEL; what falls into the padding is
+// never used.
 #pragma once
 
 #include "vec.h"
