@@ -1,17 +1,15 @@
-"""Byte pair encoding: GPT-2's splitting rule, exact training, and the fast encoder.
+"""Byte pair encoding by the `tokenizers` package: GPT-2's splitting rule, training, encoding.
 
-Training: the text is split into pieces (no merge crosses one); at each merge the pair of ids with
-the highest count over all pieces becomes the next id, from 256 up. "aaa" counts the pair (a, a)
+Training: the text is split into pieces (no merge crosses one); at each merge the pair with the
+highest count over all pieces becomes the next id, from 256 up. "aaa" counts the pair (a, a)
 twice; of equal counts the smallest pair of ids wins, so the result is the same on every run.
 Reference: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2), section 2.2.
 """
 
-import heapq
-import itertools
+import json
 import re
-from collections import Counter, defaultdict
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 Pair = tuple[int, int]
 
@@ -60,52 +58,25 @@ def chunks(text: str) -> list[str]:
 
 def train(text: str, n_merges: int) -> list[Pair]:
     """At most n_merges merges, fewer where the pieces hold no further pair."""
-    frequency = Counter(split(text))
-    words = [list(word) for word in frequency]
-    weights = list(frequency.values())
-    count: Counter[Pair] = Counter()
-    holders: defaultdict[Pair, set[int]] = defaultdict(set)  # words that may hold the pair
-    for n, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            count[pair] += weights[n]
-            holders[pair].add(n)
-    heap = [(-total, pair) for pair, total in count.items()]
-    heapq.heapify(heap)
+    # the library breaks ties in the order of its symbols: give it one that is the bytes' order
+    symbols = [chr(0x100 + byte) for byte in range(256)]
+    ordered = dict(enumerate(symbols))
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + n_merges, initial_alphabet=symbols, show_progress=False
+    )
+    lines = (
+        " ".join(piece.decode("latin-1").translate(ordered) for piece in split(part))
+        for part in chunks(text)
+    )
+    learner.train_from_iterator(lines, trainer)
+    ids = {symbol: byte for byte, symbol in ordered.items()}
     merges: list[Pair] = []
-    while heap and len(merges) < n_merges:
-        negative, best = heapq.heappop(heap)
-        if count[best] != -negative:
-            continue  # an old count; the present one has its own entry
-        new = 256 + len(merges)
-        merges.append(best)
-        changed: Counter[Pair] = Counter()
-        for n in holders.pop(best):
-            old, word = words[n], _merge(words[n], best, new)
-            for pair in itertools.pairwise(old):
-                changed[pair] -= weights[n]
-            for pair in itertools.pairwise(word):
-                changed[pair] += weights[n]
-                if new in pair:
-                    holders[pair].add(n)
-            words[n] = word
-        for pair, difference in changed.items():
-            if difference:
-                count[pair] += difference
-                if count[pair]:
-                    heapq.heappush(heap, (-count[pair], pair))
+    for left, right in json.loads(learner.to_str())["model"]["merges"]:
+        ids[left + right] = 256 + len(merges)
+        merges.append((ids[left], ids[right]))
     return merges
-
-
-def _merge(word: list[int], pair: Pair, new: int) -> list[int]:
-    merged, i = [], 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
 
 
 def tokens(merges: list[Pair]) -> list[bytes]:
