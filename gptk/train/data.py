@@ -4,30 +4,50 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gptk.text import corpus
+from gptk.text import corpus, token_file
 from gptk.text.corpus import Corpus
 from gptk.text.tokenizer import Tokenizer
 from gptk.text.windows import Windows
 from gptk.train.config import ConfigError, TrainConfig
 
+TOKENS = "tokens-{}.bin"
+"""Token file of a split, in the run folder."""
 EVAL_TOKENS = 8192
 """Tokens in one batch of the validation pass, whatever the batch size of the training."""
 
 
 class RunData:
-    """Training and validation windows of one corpus under one tokenizer."""
+    """Training and validation windows of one corpus under one tokenizer.
 
-    def __init__(self, settings: TrainConfig, text: Corpus, tokenizer: Tokenizer) -> None:
+    Args:
+        stored: a run folder that holds the token files of this very text and tokenizer; a
+            damaged one is an error. None: the text is encoded.
+    """
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        text: Corpus,
+        tokenizer: Tokenizer,
+        stored: Path | None = None,
+    ) -> None:
         T = settings.model.block_size
         self.tokenizer, self.block_size = tokenizer, T
-        ids = {}
+        self._encoded: dict[str, np.ndarray] = {}
+        ids: dict[str, np.ndarray] = {}
         windows = {}
         for split, batch_size in (("train", settings.optim.batch_size), ("val", 1)):
+            file = None if stored is None else stored / TOKENS.format(split)
             with _one_sentence(f"{split} split of {text.name}: "):
-                ids[split] = tokenizer.encode(getattr(text, split))
+                if file is not None and file.exists():
+                    ids[split] = _stored_ids(file, tokenizer.vocab_size)
+                else:
+                    ids[split] = np.asarray(tokenizer.encode(getattr(text, split)), dtype=np.int64)
+                    self._encoded[split] = ids[split]
                 windows[split] = Windows(ids[split], T, batch_size, settings.run.seed)
         self._train, self._val = windows["train"], windows["val"]
         self.n_train = len(ids["train"])
@@ -38,6 +58,12 @@ class RunData:
             f"{text.name}: {len(text.train) + len(text.val):,} characters, sha256 {text.sha256}; "
             f"{self.n_train:,} training tokens, {len(ids['val']):,} held out"
         )
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and the token files unless they were read from here."""
+        self.tokenizer.save(folder / "tokenizer.json")
+        for split, ids in self._encoded.items():
+            token_file.write(folder / TOKENS.format(split), ids, self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
@@ -68,6 +94,13 @@ def make_tokenizer(settings: TrainConfig, text: Corpus) -> Tokenizer:
     learned_from = text.train + text.val if kind == "char" else text.train
     with _one_sentence(f"--tokenizer {kind}: "):
         return Tokenizer.make(kind, learned_from, settings.data.vocab_size)
+
+
+def _stored_ids(file: Path, vocab_size: int) -> np.ndarray:
+    try:
+        return token_file.read(file, vocab_size)
+    except token_file.TokenFileError as error:
+        raise ConfigError(f"{error}; delete it, and the text is encoded anew") from None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -58,7 +58,7 @@ def opened(request: Request) -> Iterator[Run]:
         a_run = _assemble(path, settings, data, device, dtype, resumed, stored)
         try:
             folder.save_config(path, settings)
-            data.tokenizer.save(path / state.TOKENIZER)
+            data.save(path)
             for line in describe(a_run, dtype, dtype_reason, resumed):
                 print(line)
             sys.stdout.flush()
@@ -96,7 +96,7 @@ def _load_data(
     differing = {f"data {k}": (old, now[k]) for k, old in before.items() if old != now[k]}
     if differing:
         raise ConfigError(folder.refusal(differing))
-    return RunData(settings, text, load_tokenizer(resumed / state.TOKENIZER))
+    return RunData(settings, text, load_tokenizer(resumed / state.TOKENIZER), path)
 
 
 def _assemble(
@@ -187,6 +187,8 @@ def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) 
     model, data, settings = a_run.model, a_run.data, a_run.config
     optim = settings.optim
     per_step = optim.batch_size * optim.grad_accum * settings.model.block_size
+    chosen = contract.chosen(model, dtype)
+    backends = "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in chosen.items())
     peak = "unknown" if a_run.peak is None else f"{a_run.peak / 1e9:,.0f} GFLOP/s"
     return [
         f"configuration  {json.dumps({'preset': settings.preset, **config.flatten(settings)})}",
@@ -194,14 +196,15 @@ def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) 
         + (f", continuing from {resumed.name}" if resumed is not None else ""),
         f"data           {data.summary}",
         f"tokenizer      {settings.data.tokenizer}, {data.vocab_size:,} tokens, "
-        f"{data.bytes_per_token:.2f} bytes of text each",
+        f"{data.bytes_per_token:.2f} bytes of text each"
+        + (f"; {data.tokenizer.note}" if data.tokenizer.note else ""),
         f"model          {model.num_params(non_embedding=False):,} parameters "
         f"({model.num_params():,} without position embeddings)",
         f"step           {per_step:,} tokens; {optim.max_steps:,} steps see the training text "
         f"{optim.max_steps * per_step / max(data.n_train, 1):.1f} times",
         f"device         {a_run.device}, {torch.get_num_threads()} threads, "
         f"matrix products {str(dtype).removeprefix('torch.')} ({reason}), peak {peak}",
-        *(f"backend        {line}" for line in contract.explain(model, dtype).splitlines()),
+        f"backend        {backends} (asked: {settings.run.backend}; gptk info says why)",
     ]
 
 

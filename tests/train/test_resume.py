@@ -16,6 +16,7 @@ from kill_and_resume import Trainer, digests, kill_and_resume, log, wait_for_ste
 
 from gptk.flags import UsageError
 from gptk.ops import contract
+from gptk.text import token_file
 from gptk.train import options, start
 from gptk.train.checkpoint import CheckpointError
 from gptk.train.loop import train
@@ -240,6 +241,35 @@ def test_changed_data_is_refused_with_both_hashes(tmp_path):
         start.opened(request(tmp_path, "--resume")),
     ):
         pass
+
+
+def test_a_damaged_token_file_is_refused_by_name(tmp_path):
+    run_to(tmp_path, 3)
+    file = tmp_path / "run/tokens-train.bin"
+    raw = bytearray(file.read_bytes())
+    raw[-2] ^= 1
+    file.write_bytes(raw)
+    with (
+        pytest.raises(UsageError, match=r"tokens-train\.bin: damaged.*delete it"),
+        start.opened(request(tmp_path, "--resume")),
+    ):
+        pass
+    file.unlink()
+    with start.opened(request(tmp_path, "--resume")):
+        pass
+    assert token_file.read(file, 256).tolist()[-1] == raw[-2] ^ 1
+
+
+def test_token_files_of_another_text_are_replaced_at_step_0(tmp_path):
+    run_to(tmp_path, 1)
+    stale = (tmp_path / "run/tokens-train.bin").read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run").mkdir()
+    (other / "run/tokens-train.bin").write_bytes(stale)
+    (other / "data.txt").write_text((tmp_path / "data.txt").read_text()[::-1])
+    run_to(other, 1, f"--data={other / 'data.txt'}")
+    assert (other / "run/tokens-train.bin").read_bytes() != stale
 
 
 def test_the_same_text_elsewhere_is_the_same_run(tmp_path, whole):
