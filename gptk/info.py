@@ -11,7 +11,7 @@ import gptk
 from gptk import native
 from gptk.flags import UsageError
 from gptk.ops import contract
-from gptk.ops.catalog import BACKENDS, OPS, PREFERENCE, ROWS
+from gptk.ops.catalog import BACKENDS, CROSSOVER, OPS, PREFERENCE, ROWS
 from gptk.train import hardware
 
 
@@ -79,6 +79,9 @@ def _op(op: str, device: str, dtype: torch.dtype) -> list[str]:
     name = str(dtype).removeprefix("torch.")
     vendor = ROWS[op, chosen].vendor if (op, chosen) in ROWS else ""
     lines = [f"{op} on {device}, {name}: auto takes {chosen}" + (f" ({vendor})" if vendor else "")]
+    least = CROSSOVER.get((op, chosen, device), 0)
+    if least:
+        lines.append(f"    torch below {least:,} elements of the input, where it is faster")
     for backend, reason in reasons.items():
         if backend != chosen:
             lines.append(f"    not {backend}: {reason or _passed_over(backend, order)}")

@@ -118,7 +118,9 @@ def _resolve(
     found = []
     for name in names:
         if why_not(op, name, device, dtype, **traits) is None:
-            least = CROSSOVER.get((op, name, device), 0) if backend == "auto" else 0
+            least = CROSSOVER.get((op, name, device), 0)
+            if backend != "auto" or traits.get("dropout"):
+                least = 0
             found.append((_module(ROWS[op, name].module), least))
     if not found:
         raise Unsupported(_refusal(op, backend, device, dtype, traits))
@@ -156,27 +158,14 @@ def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = No
             None explains every op for float32 on the CPU and, if there is one, on the GPU.
         dtype: the compute dtype to assume instead (under autocast, say).
     """
-    asked: dict[tuple[str, str, str, torch.dtype], int] = {}
-    if model is None:
-        for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
-            for op in OPS:
-                asked[op, _default.get(), device, dtype or torch.float32] = 1
-    else:
-        place = next(model.parameters(), torch.empty(0))
-        for layer in model.modules():
-            for op in getattr(layer, "ops", ()):
-                backend = getattr(layer, "backend", None) or _default.get()
-                key = (op, backend, place.device.type, dtype or place.dtype)
-                asked[key] = asked.get(key, 0) + 1
     lines = []
-    for (op, backend, device, kind), count in asked.items():
+    for (op, backend, device, kind), count in _asked(model, dtype).items():
         where = f"{device} {str(kind).removeprefix('torch.')}"
         try:
-            module, _ = _resolve(op, backend, device, kind, {})[0]
+            chosen = _chosen(op, backend, device, kind)
         except Unsupported as error:
             lines.append(str(error))
             continue
-        chosen = next(b for b in BACKENDS if ROWS[op, b].module == _below_ops(module))
         reasons = [(b, why_not(op, b, device, kind)) for b in BACKENDS if b != chosen]
         others = "; ".join(f"{b}: {r or 'possible, not preferred here'}" for b, r in reasons)
         times = f" x{count}" if count > 1 else ""
@@ -184,8 +173,42 @@ def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = No
     return "\n".join(lines)
 
 
-def _below_ops(module: ModuleType) -> str:
-    return module.__name__.removeprefix("gptk.ops.")
+def chosen(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, list[str]]:
+    """Backend -> the ops of the model's layers that it runs, in their order.
+
+    Raises Unsupported where a layer's named backend cannot run its op.
+    """
+    found: dict[str, list[str]] = {}
+    for op, backend, device, kind in _asked(model, dtype):
+        ops = found.setdefault(_chosen(op, backend, device, kind), [])
+        if op not in ops:
+            ops.append(op)
+    return found
+
+
+def _asked(
+    model: torch.nn.Module | None, dtype: torch.dtype | None
+) -> dict[tuple[str, str, str, torch.dtype], int]:
+    """(op, backend asked for, device type, dtype) -> in how many places."""
+    asked: dict[tuple[str, str, str, torch.dtype], int] = {}
+    if model is None:
+        for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+            for op in OPS:
+                asked[op, _default.get(), device, dtype or torch.float32] = 1
+        return asked
+    place = next(model.parameters(), torch.empty(0))
+    for layer in model.modules():
+        for op in getattr(layer, "ops", ()):
+            backend = getattr(layer, "backend", None) or _default.get()
+            key = (op, backend, place.device.type, dtype or place.dtype)
+            asked[key] = asked.get(key, 0) + 1
+    return asked
+
+
+def _chosen(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    module, _ = _resolve(op, backend, device, dtype, {})[0]
+    path = module.__name__.removeprefix("gptk.ops.")
+    return next(b for b in BACKENDS if ROWS[op, b].module == path)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -20,6 +20,8 @@ from triton_checks import (
     yardstick,
 )
 
+from gptk import Unsupported, functional
+from gptk.ops import contract
 from gptk.ops.cross_entropy import triton_impl as cross_entropy
 from gptk.ops.triton_launch import ACC
 
@@ -211,3 +213,23 @@ def test_launch_config_depends_on_the_vocabulary_alone():
         config = cross_entropy.launch_config(V)
         assert config == cross_entropy.launch_config(V)
         assert 32 <= config["BLOCK_V"] <= 4096
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize(
+    "input, target, weight",
+    [
+        (torch.zeros(5), torch.tensor(1), None),
+        (torch.zeros(2, 5, 3), torch.zeros(2, 3, dtype=torch.int64), None),
+        (torch.zeros(2, 5), torch.full((2, 5), 0.2), None),
+        (torch.zeros(2, 5), torch.tensor([1, 2]), torch.ones(5)),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused_when_named(backend, input, target, weight):
+    if contract.availability(backend) is not None:
+        pytest.skip(contract.availability(backend))
+    with pytest.raises(Unsupported, match="class ids and no class weights"):
+        functional.cross_entropy(input, target, weight, backend=backend)
+    torch.testing.assert_close(
+        functional.cross_entropy(input, target, weight), F.cross_entropy(input, target, weight)
+    )

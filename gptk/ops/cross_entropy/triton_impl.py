@@ -24,8 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gptk.ops.gelu.triton_impl import TL
-from gptk.ops.gelu.triton_impl import unsupported as unsupported
-from gptk.ops.triton_launch import ACC, launch, narrow, widen
+from gptk.ops.triton_launch import ACC, launch, narrow, why_not, widen
+
+
+def unsupported(
+    device_type: str, dtype: torch.dtype, plain: bool = True, **traits: object
+) -> str | None:
+    """None, or why this call cannot run; every (N, V) of the four dtypes can."""
+    if not plain:
+        return "needs logits (N, V), class ids and no class weights"
+    return why_not(device_type)
 
 
 def launch_config(V: int) -> dict[str, int]:

@@ -59,7 +59,7 @@ def layer_norm(
         input = input.float()  # torch's autocast policy on CUDA
     if dropout_p and seed is None:
         seed = draw_seed()
-    impl = resolve("layer_norm", backend, input)
+    impl = resolve("layer_norm", backend, input, dropout=dropout_p > 0)
     seed = 0 if seed is None else seed
     if is_reference(impl) or input.numel() == 0:
         from gptk.ops.layer_norm.reference import layer_norm as definition
