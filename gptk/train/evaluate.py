@@ -1,12 +1,13 @@
 """The validation loss: a fixed, complete, ordered pass that leaves no trace in the run."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from gptk.text.bits import bits_per_byte
 
 IGNORE = -100
 """A target that does not count."""
@@ -16,7 +17,7 @@ class Score(NamedTuple):
     """Result of a pass over a split."""
 
     nats: float  # mean loss per target token
-    bits_per_byte: float  # of the text that the target tokens stand for
+    bits_per_byte: float  # over the targets that stand for text; special tokens do not
     tokens: int
 
 
@@ -56,17 +57,19 @@ def evaluate(
     Raises:
         Interrupted: `stop` said so.
     """
-    nats, tokens, n_bytes = 0.0, 0, 0
+    nats, tokens, text_nats, n_bytes = 0.0, 0, 0.0, 0
     with evaluating(model):
         for idx, targets in batches:
             if stop():
                 raise Interrupted
             with autocast:
-                loss = model(idx, targets, reduction="sum", seed=0)
-            valid = targets[targets != IGNORE].cpu()
-            nats += float(loss)
-            tokens += valid.numel()
-            n_bytes += int(token_bytes[valid].sum())
+                losses = model(idx, targets, reduction="none", seed=0).double().cpu()
+            flat = targets.flatten().cpu()
+            sizes = torch.where(flat == IGNORE, 0, token_bytes[flat.clamp_min(0)])
+            nats += float(losses.sum())
+            tokens += int((flat != IGNORE).sum())
+            text_nats += float(losses.flatten()[sizes > 0].sum())
+            n_bytes += int(sizes.sum())
     if tokens == 0:
         raise ValueError("the validation split holds no target token")
-    return Score(nats / tokens, nats / math.log(2) / max(n_bytes, 1), tokens)
+    return Score(nats / tokens, bits_per_byte([text_nats], [n_bytes]), tokens)

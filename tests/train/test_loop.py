@@ -162,11 +162,17 @@ def test_validation_is_the_exact_mean_and_leaves_no_trace():
     assert [m.training for m in model.modules()] == modes
     assert scores[0] == scores[1]
     with torch.no_grad():
-        nats = float(model.eval()(idx, targets, reduction="sum"))
-    n_bytes = int(token_bytes[targets[targets != -100]].sum())
+        losses = model.eval()(idx, targets, reduction="none").flatten()
+    nats = float(losses.sum())
+    flat = targets.flatten()
+    text = (flat != -100) & (token_bytes[flat.clamp_min(0)] > 0)
+    assert 0 < text.sum() < 27  # a token of no bytes counts in nats and not in bits
+    n_bytes = int(token_bytes[flat[text]].sum())
     assert scores[0].tokens == 27
     assert scores[0].nats == pytest.approx(nats / 27, rel=1e-6)
-    assert scores[0].bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    assert scores[0].bits_per_byte == pytest.approx(
+        float(losses[text].sum()) / math.log(2) / n_bytes, rel=1e-6
+    )
 
 
 def test_validation_stops_when_asked():
