@@ -169,6 +169,8 @@ def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = No
         reasons = [(b, why_not(op, b, device, kind)) for b in BACKENDS if b != chosen]
         others = "; ".join(f"{b}: {r or 'possible, not preferred here'}" for b, r in reasons)
         times = f" x{count}" if count > 1 else ""
+        least = CROSSOVER.get((op, chosen, device), 0) if backend == "auto" else 0
+        chosen += f" from {least:,} elements on, torch below" if least else ""
         lines.append(f"{op}{times} on {where}: {chosen} (asked: {backend}; {others})")
     return "\n".join(lines)
 
@@ -176,11 +178,16 @@ def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = No
 def chosen(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, list[str]]:
     """Backend -> the ops of the model's layers that it runs, in their order.
 
+    The key is "cpp or torch by size" (say) where `auto` decides at each call by the crossover.
+
     Raises Unsupported where a layer's named backend cannot run its op.
     """
     found: dict[str, list[str]] = {}
     for op, backend, device, kind in _asked(model, dtype):
-        ops = found.setdefault(_chosen(op, backend, device, kind), [])
+        name = _chosen(op, backend, device, kind)
+        if backend == "auto" and CROSSOVER.get((op, name, device)):
+            name += " or torch by size"
+        ops = found.setdefault(name, [])
         if op not in ops:
             ops.append(op)
     return found

@@ -68,7 +68,7 @@ class OptimConfig:
     """Decay of the second moment, in [0, 1)."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    max_steps: int = 1000
+    max_steps: int = 650
     """Optimizer steps in all."""
 
 
@@ -78,9 +78,9 @@ class RunConfig:
 
     out: str | None = None
     """Run folder; unset: runs/PRESET-N, the first N that is free."""
-    eval_interval: int = 100
+    eval_interval: int = 250
     """Optimizer steps between passes over the whole validation split."""
-    save_interval: int = 200
+    save_interval: int = 250
     """Optimizer steps between checkpoints."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the dropout masks."""
