@@ -59,10 +59,12 @@ class Windows:
             at += len(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every window once, in order; the last batch may be short."""
-        for start in range(0, self.count, batch_size):
-            yield self._gather(np.arange(start, min(start + batch_size, self.count)))
+    def ordered(self, batch_size: int, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `count` windows (None: all), each once, in order; the last batch may be
+        short."""
+        end = self.count if count is None else min(count, self.count)
+        for start in range(0, end, batch_size):
+            yield self._gather(np.arange(start, min(start + batch_size, end)))
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:

@@ -79,7 +79,10 @@ class RunConfig:
     out: str | None = None
     """Run folder; unset: runs/PRESET-N, the first N that is free."""
     eval_interval: int = 250
-    """Optimizer steps between passes over the whole validation split."""
+    """Optimizer steps between passes over the validation split."""
+    eval_tokens: int = 0
+    """Tokens of the validation split that a pass takes, from its start, in whole windows; 0: all
+    of it (1,024 in Triton's interpreter, which is slow)."""
     save_interval: int = 250
     """Optimizer steps between checkpoints."""
     seed: int = 1337
@@ -163,6 +166,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "grad_clip": (0.0, math.inf, False),
     "max_steps": (1, 2**40, True),
     "eval_interval": (1, 2**40, True),
+    "eval_tokens": (0, 2**40, True),
     "save_interval": (1, 2**40, True),
     "seed": (0, 2**63 - 1, True),
 }
@@ -173,6 +177,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "torch", "triton", "cpp"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+
+ADDED = ("eval_tokens",)
+"""Fields that a config.json of an earlier version does not have; they take their defaults."""
 
 GROUPS: dict[str, Any] = {
     f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if f.name != "preset"
@@ -238,7 +245,7 @@ def from_json(stored: object) -> TrainConfig:
     for group, cls in GROUPS.items():
         part = stored.get(group)
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(part, dict) or set(part) != names:
+        if not isinstance(part, dict) or not names - {*ADDED} <= set(part) <= names:
             raise ConfigError(f"the stored configuration's '{group}' must hold {sorted(names)}")
         layer.update(part)
     return resolve(replace(TrainConfig(preset=str(stored["preset"])), check_types(layer)))

@@ -12,12 +12,15 @@ from gptk.text import corpus, token_file
 from gptk.text.corpus import Corpus
 from gptk.text.tokenizer import Tokenizer
 from gptk.text.windows import Windows
+from gptk.train import hardware
 from gptk.train.config import ConfigError, TrainConfig
 
 TOKENS = "tokens-{}.bin"
 """Token file of a split, in the run folder."""
 EVAL_TOKENS = 8192
 """Tokens in one batch of the validation pass, whatever the batch size of the training."""
+INTERPRETED_EVAL_TOKENS = 1024
+"""--eval-tokens in Triton's interpreter, unless it is set: about 20 seconds of a small model."""
 
 
 class RunData:
@@ -51,6 +54,7 @@ class RunData:
                 windows[split] = Windows(ids[split], T, batch_size, settings.run.seed)
         self._train, self._val = windows["train"], windows["val"]
         self.n_train = len(ids["train"])
+        self._eval_windows, self.eval_note = self._part(settings, len(ids["val"]))
         self.token_bytes = torch.tensor(tokenizer.token_bytes)  # (V,) int64
         self.bytes_per_token = len(text.train.encode()) / self.n_train
         self.identity = {"corpus sha256": text.sha256, "tokenizer sha256": tokenizer.sha256}
@@ -70,14 +74,27 @@ class RunData:
         """Of the tokenizer; a bpe that finds few pairs has fewer tokens than it was asked for."""
         return self.tokenizer.vocab_size
 
+    def _part(self, settings: TrainConfig, n_val: int) -> tuple[int, str]:
+        """(windows of a validation pass, a line that says so where they are not all)."""
+        asked, why = settings.run.eval_tokens, "as --eval-tokens says"
+        if asked == 0 and hardware.interpreted(settings.run.backend):
+            asked = INTERPRETED_EVAL_TOKENS
+            why = "since Triton's interpreter is slow; --eval-tokens sets it"
+        windows = max(1, asked // self.block_size)
+        if asked == 0 or windows >= self._val.count:
+            return self._val.count, ""
+        part = windows * self.block_size
+        return windows, f"validation: {part:,} of {n_val:,} tokens, {why}"
+
     def train_batch(self, cursor: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Micro-batch number `cursor` of the run: (idx, targets), each (B, T) int64."""
         idx, targets = self._train.batch(cursor)
         return idx.to(device), targets.to(device)
 
     def val_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every window of the validation split once, in order."""
-        for idx, targets in self._val.ordered(max(1, EVAL_TOKENS // self.block_size)):
+        """Every window of the validation split, or of its part, once, in order."""
+        at_once = max(1, EVAL_TOKENS // self.block_size)
+        for idx, targets in self._val.ordered(at_once, self._eval_windows):
             yield idx.to(device), targets.to(device)
 
 

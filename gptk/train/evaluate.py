@@ -1,4 +1,4 @@
-"""The validation loss: a fixed, complete, ordered pass that leaves no trace in the run."""
+"""The validation loss: a fixed, ordered pass that leaves no trace in the run."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +48,7 @@ def evaluate(
     """Sum of the losses over all targets, in nats per token and bits per byte.
 
     Args:
-        batches: (idx, targets) of every window of the split, in order, each (B, T) on the
+        batches: (idx, targets) of the windows, in order, each (B, T) on the
             model's device; B may differ.
         token_bytes: (V,) int64, bytes of text in each token.
         autocast: entered around each forward pass; reusable.

@@ -18,7 +18,7 @@ from gptk.train.config import ConfigError, TrainConfig, flag
 from gptk.train.options import Request
 
 CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", "lock"
-FREE = ("data", "out", "eval_interval", "save_interval", "backend", "device")
+FREE = ("data", "out", "eval_interval", "eval_tokens", "save_interval", "backend", "device")
 """Fields that may change on resume: the data is compared by its hash, the others do not enter the
 weights (another backend or device rounds differently, which is said)."""
 

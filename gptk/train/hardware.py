@@ -1,5 +1,6 @@
 """The machine a run is on: device, precision, and the matrix-product peak that MFU refers to."""
 
+import os
 import time
 
 import torch
@@ -38,6 +39,11 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and _cpu_has_bf16():
         return torch.bfloat16, "auto: the CPU has AVX-512 BF16 or AMX"
     return torch.float32, f"auto: the {device.type.upper()} has no fast bfloat16"
+
+
+def interpreted(backend: str) -> bool:
+    """Whether the kernels run in Triton's interpreter: some thousand times slower than compiled."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cpu_features() -> dict[str, bool]:

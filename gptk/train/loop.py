@@ -141,7 +141,7 @@ def _non_finite(run: Run, what: str) -> str:
 
 
 def _validate(run: Run, stop: Stop) -> Score | None:
-    """Evaluate the whole validation split and log it; None if a signal came first (a resumed run
+    """Evaluate the validation split and log it; None if a signal came first (a resumed run
     then begins with it)."""
     start = time.perf_counter()
     batches = run.data.val_batches(run.device)

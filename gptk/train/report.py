@@ -18,7 +18,7 @@ def plot_loss(run: Path) -> Path | None:
     axes = figure.add_subplot()
     axes.plot(*zip(*train, strict=True), lw=0.8, alpha=0.6, label="training (each step)")
     if val:
-        axes.plot(*zip(*val, strict=True), "o-", ms=4, label="validation (the whole split)")
+        axes.plot(*zip(*val, strict=True), "o-", ms=4, label="validation")
     axes.set(xscale="log", yscale="log", xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(which="both", alpha=0.25)
     axes.legend()

@@ -27,6 +27,8 @@ from gptk.train.progress import Progress
 from gptk.train.stop import Stop
 
 SAMPLE_TOKENS = 300
+INTERPRETED_SAMPLE_TOKENS = 32
+"""In Triton's interpreter, where a token takes a third of a second."""
 
 
 def run(request: Request) -> int:
@@ -205,6 +207,7 @@ def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) 
         f"device         {a_run.device}, {torch.get_num_threads()} threads, "
         f"matrix products {str(dtype).removeprefix('torch.')} ({reason}), peak {peak}",
         f"backend        {backends} (asked: {settings.run.backend}; gptk info says why)",
+        *([data.eval_note] if data.eval_note else []),
     ]
 
 
@@ -235,12 +238,14 @@ def train_and_show(a_run: Run) -> int:
 def _print_sample(a_run: Run) -> None:
     from gptk.chat.generate import Sampling, stream
 
-    print(f"--- a sample of {SAMPLE_TOKENS} tokens")
+    slow = hardware.interpreted(a_run.config.run.backend)
+    n = INTERPRETED_SAMPLE_TOKENS if slow else SAMPLE_TOKENS
+    print(f"--- a sample of {n} tokens" + (", since Triton's interpreter is slow" if slow else ""))
     for piece in stream(
         a_run.model,
         a_run.data.tokenizer,
         "\n",
-        SAMPLE_TOKENS,
+        n,
         Sampling(temperature=0.8),
         seed=a_run.config.run.seed,
     ):
