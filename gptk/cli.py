@@ -4,12 +4,13 @@ Exit codes: 0 done, 1 the run failed, 2 a wrong command line or setting, 130 and
 and SIGTERM. A verb's code is imported when it is called.
 """
 
+import contextlib
 import difflib
 import os
 import sys
 from collections.abc import Callable
 
-from gptk.flags import UsageError
+from gptk.flags import Failure, UsageError
 
 EXTRAS = {"tyro", "rich", "safetensors", "tokenizers", "matplotlib"}
 """Modules that `pip install 'gptk[train]'` brings."""
@@ -42,6 +43,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    _prepare_streams()
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -59,6 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     return _run(verb, rest)
 
 
+def _prepare_streams() -> None:
+    """Output that is closed goes nowhere; what its encoding cannot say is shown as "?"."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def usage() -> str:
     """What `gptk --help` prints."""
     lines = [f"  {verb:8} {text}" for verb, (_, text) in VERBS.items()]
@@ -69,7 +81,9 @@ def _run(verb: str, argv: list[str]) -> int:
     from gptk.ops.contract import Unsupported
 
     try:
-        return VERBS[verb][0](argv)
+        code = VERBS[verb][0](argv)
+        sys.stdout.flush()  # here, where a failure is still a sentence
+        return code
     except (UsageError, Unsupported) as error:
         return _fail(f"gptk {verb}", str(error), 2)
     except ModuleNotFoundError as error:
@@ -80,13 +94,32 @@ def _run(verb: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # whoever read the output is gone; Python would complain again while it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except RuntimeError as error:
-        if type(error).__name__ != "CheckpointError":
-            raise
+        _drop_output()
+        return 0  # whoever read the text has enough; train goes on by itself
+    except OSError as error:
+        _drop_output()
+        place = error.filename or "the output"
+        return _fail(f"gptk {verb}", f"{place}: {error.strerror or error}", 1)
+    except Failure as error:
         return _fail(f"gptk {verb}", str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = str(error).strip().splitlines()[:1] or ["no memory is left"]
+        remedy = "take a smaller --n-embd, --n-layer, --block-size or --batch-size"
+        return _fail(f"gptk {verb}", f"out of memory ({first[0]}); {remedy}", 1)
+
+
+def _drop_output() -> None:
+    """Python would complain once more, in its own words, when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch says so in a RuntimeError: by class on a GPU, by words on a CPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calc")
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
 
 
 def _fail(who: str, sentence: str, code: int) -> int:

@@ -14,6 +14,10 @@ class UsageError(ValueError):
     """A wrong command line or setting, in one sentence."""
 
 
+class Failure(RuntimeError):
+    """What was asked is right but failed (a full disk, a damaged file), in one sentence."""
+
+
 @dataclass(frozen=True)
 class Flags:
     """The flags of one verb."""
@@ -24,6 +28,7 @@ class Flags:
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     optional_value: tuple[str, ...] = ()  # str flags that may stand alone, which gives ""
     hints: Mapping[str, str] = field(default_factory=dict)  # unknown name -> the flag meant
+    stray: str = ""  # the field that a word without a flag was probably meant for
 
     def split(self, argv: Sequence[str]) -> dict[str, str]:
         """{field name: raw value}, checked; UsageError on anything that is not a flag."""
@@ -32,7 +37,7 @@ class Flags:
         while words:
             word = words.pop(0)
             if not word.startswith("--") or word == "--":
-                raise UsageError(f"unexpected argument {word!r}; see gptk {self.verb} --help")
+                raise UsageError(f"unexpected argument {word!r}; {self._meant(word)}")
             option, equals, value = word.partition("=")
             name = option[2:].replace("-", "_")
             positive = name.removeprefix("no_")
@@ -61,6 +66,19 @@ class Flags:
         meant = self.hints.get(name) or (close[0] if close else None)
         hint = f"did you mean --{meant}?" if meant else f"see gptk {self.verb} --help"
         return f"there is no option {option}; {hint}"
+
+    def _meant(self, word: str) -> str:
+        """What a word in the wrong place was probably to be."""
+        name = word.lstrip("-").partition("=")[0].replace("_", "-")
+        names = [flag_name(kind) for kind in self.kinds]
+        if word.startswith("-") and len(name) > 1:
+            close = difflib.get_close_matches(name.lower(), names, n=1)
+            meant = self.hints.get(name) or (close[0] if close else None)
+            if meant:
+                return f"did you mean --{meant}?"
+        elif not word.startswith("-") and self.stray:
+            return f"did you mean --{flag_name(self.stray)} {word}?"
+        return f"see gptk {self.verb} --help"
 
     def _next_value(self, name: str, words: list[str]) -> str:
         has_next = bool(words) and not words[0].startswith("--")

@@ -6,6 +6,8 @@ that of the uncached model at every length.
 """
 
 import math
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -140,6 +142,23 @@ def generate(
         context = torch.cat([context, new], dim=1)[:, -block_size:]
 
 
+def start_text(tokenizer: Tokenizer) -> str:
+    """What stands for no prompt: a new line, or the first character that the tokenizer knows."""
+    try:
+        tokenizer.encode("\n")
+    except ValueError:
+        return tokenizer.decode([0])
+    return "\n"
+
+
+def for_display(text: str) -> str:
+    """The text, on a terminal with its control characters written out: a model that draws bytes
+    draws escape sequences, too."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
 def stream(
     model: GPT,
     tokenizer: Tokenizer,
@@ -154,12 +173,12 @@ def stream(
 
     Tokens are bytes: an incomplete character waits for the tokens that complete it. The joined
     pieces are the text of all tokens, up to the first of the `stops`, of which no part is yielded.
-    An empty prompt stands for a new line.
+    An empty prompt stands for start_text().
 
     Raises:
         ValueError: the prompt holds a character that the tokenizer does not know.
     """
-    ids = torch.tensor([tokenizer.encode(prompt or "\n")])
+    ids = torch.tensor([tokenizer.encode(prompt or start_text(tokenizer))])
     text = StreamDecoder(tokenizer, stops)
     for new in generate(
         model, ids, max_new_tokens, sampling, seed=seed, vocab_size=tokenizer.vocab_size

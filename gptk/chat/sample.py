@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptk.chat import generate, load
-from gptk.flags import Flags, UsageError, flag_name
+from gptk.flags import Failure, Flags, UsageError, flag_name
 from gptk.train import hardware
 from gptk.train.config import CHOICES
 from gptk.train.start import check_backend
@@ -16,8 +16,8 @@ class SampleConfig:
     """Let a trained GPT continue a prompt. RUN, before or after the flags, is a run folder or the
     folder of one of its checkpoints."""
 
-    prompt: str = "\n"
-    """Text to continue."""
+    prompt: str = ""
+    """Text to continue; empty: a new line, or the first character that the model knows."""
     temperature: float = 0.8
     """0 is greedy; below 1 is safer than the model's own distribution, above 1 wilder."""
     top_k: int = 0
@@ -64,18 +64,32 @@ def main(argv: list[str]) -> int:
     check_backend(config.backend)
     device = hardware.choose_device(config.device)
     model, tokenizer, _ = load.load(run, config.backend, device)
+    prompt = _as_utf8(config.prompt) or generate.start_text(tokenizer)
     try:
-        tokenizer.encode(config.prompt)
+        tokenizer.encode(prompt)
     except ValueError as error:
         raise UsageError(f"--prompt: {error}") from None
-    print(config.prompt, end="", flush=True)
+    print(generate.for_display(prompt), end="", flush=True)
     pieces = generate.stream(
-        model, tokenizer, config.prompt, config.max_new_tokens, sampling, seed=config.seed
+        model, tokenizer, prompt, config.max_new_tokens, sampling, seed=config.seed
     )
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(generate.for_display(piece), end="", flush=True)
+    except ValueError as error:
+        raise Failure(f"{run}: {error}; train it anew with a lower --learning-rate") from None
     print()
     return 0
+
+
+def _as_utf8(word: str) -> str:
+    """A word of the command line in UTF-8, whatever the locale took its bytes for."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeEncodeError:  # not from a command line: text that the locale cannot say
+        return word
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt: not UTF-8 at byte {error.start}") from None
 
 
 def parse(argv: list[str]) -> tuple[str, SampleConfig]:

@@ -58,6 +58,8 @@ def chunks(text: str) -> list[str]:
 
 def train(text: str, n_merges: int) -> list[Pair]:
     """At most n_merges merges, fewer where the pieces hold no further pair."""
+    # every merge makes the text a token shorter at least, and the library reserves room for all
+    n_merges = min(n_merges, len(text.encode()))
     # the library breaks ties in the order of its symbols: give it one that is the bytes' order
     symbols = [chr(0x100 + byte) for byte in range(256)]
     ordered = dict(enumerate(symbols))

@@ -57,12 +57,16 @@ def load(data: str | Path | None) -> Corpus:
     if data is None:
         return _default()
     path = Path(data)
-    if path.is_dir():
-        text = _read_folder(path)
-    elif path.exists():
-        text = _read(path)
-    else:
-        raise CorpusError(f"--data {data}: there is no such file or folder")
+    try:
+        if path.is_dir():
+            text = _read_folder(path)
+        elif path.exists():
+            text = _read(path)
+        else:
+            raise CorpusError(f"--data {data}: there is no such file or folder")
+    except OSError as error:  # not even looked up: too long a name, a folder of another user
+        shown = str(data) if len(str(data)) <= 80 else f"{str(data)[:77]}..."
+        raise CorpusError(f"--data {shown}: cannot be read ({error.strerror})") from None
     if not text:
         raise CorpusError(f"--data {data}: the file is empty")
     cut = int(len(text) * 0.9)
@@ -74,7 +78,7 @@ def _read_folder(folder: Path) -> str:
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.suffix in SUFFIXES
+        and path.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
@@ -90,9 +94,11 @@ def _read(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise CorpusError(f"{path}: not UTF-8: byte 0x{byte:02x} at offset {error.start}") from None
+        raise CorpusError(
+            f"--data {path}: not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+        ) from None
     except OSError as error:
-        raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CorpusError(f"--data {path}: cannot be read ({error.strerror})") from None
 
 
 def _sha256(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -143,8 +144,23 @@ class Tokenizer:
         return json.dumps(stored, sort_keys=True)
 
     def save(self, path: Path) -> None:
-        """Write JSON, ASCII only."""
-        Path(path).write_bytes(self._json().encode("ascii"))
+        """Write JSON, ASCII only, whole or not at all; a file that holds it already stays.
+
+        Raises:
+            OSError: it cannot be written; an older file at that path is as it was.
+        """
+        path, raw = Path(path), self._json().encode("ascii")
+        if path.is_file() and path.read_bytes() == raw:
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -158,7 +174,7 @@ class Tokenizer:
         try:
             stored = json.loads(raw)
             return cls(stored["kind"], stored["table"], stored.get("special", ()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{Path(path).name} is not a saved tokenizer ({error!r})") from None
 
 

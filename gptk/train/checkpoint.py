@@ -6,6 +6,7 @@ last, then the folder is renamed into place and its parent fsynced. A kill at an
 either the new checkpoint or the ones before it; a reader takes the newest whose hashes verify.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptk.flags import Failure
+
 FORMAT, VERSION = "gptk-checkpoint", 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure):
     """A checkpoint cannot be written, or one cannot be used; the message says which and why."""
 
 
@@ -159,7 +162,7 @@ def publish(root: Path, step: int, writers: dict[str, Callable[[Path], object]],
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-    _prune(root, keep)
+    _prune(root, step, keep)
     return final
 
 
@@ -176,7 +179,7 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
     except OSError:
         aside.rename(final)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def recover(root: Path) -> None:
@@ -191,12 +194,23 @@ def recover(root: Path) -> None:
         shutil.rmtree(rest)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep`; renamed first, so that none is ever half there."""
-    for _, folder in checkpoints(root)[keep:]:
+def _prune(root: Path, published: int, keep: int) -> None:
+    """Of `published` and the whole checkpoints before it, leave the newest `keep`.
+
+    A damaged one takes no place, and what is beyond `published` or has no manifest is left
+    alone: it is not this run's to remove. Renamed first, so that none is ever half there.
+    """
+    whole = 1  # the one just published
+    for step, folder in checkpoints(root):
+        if step >= published or not (folder / MANIFEST).exists():
+            continue
+        if whole < keep:
+            whole += damage(folder) is None
+            continue
         doomed = root / f".tmp-{folder.name}-pruned"
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        with contextlib.suppress(OSError):  # one checkpoint too many harms nobody
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def checkpoints(root: Path) -> list[tuple[int, Path]]:

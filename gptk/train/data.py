@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptk.flags import Failure
 from gptk.text import corpus, token_file
 from gptk.text.corpus import Corpus
 from gptk.text.tokenizer import Tokenizer
@@ -27,8 +28,8 @@ class RunData:
     """Training and validation windows of one corpus under one tokenizer.
 
     Args:
-        stored: a run folder that holds the token files of this very text and tokenizer; a
-            damaged one is an error. None: the text is encoded.
+        stored: a run folder that holds the token files of this very text and tokenizer. Where
+            there is none, or a damaged one, the text is encoded.
     """
 
     def __init__(
@@ -43,15 +44,18 @@ class RunData:
         self._encoded: dict[str, np.ndarray] = {}
         ids: dict[str, np.ndarray] = {}
         windows = {}
+        for split in ("train", "val"):
+            found = None
+            if stored is not None:
+                found = _stored_ids(stored / TOKENS.format(split), tokenizer.vocab_size)
+            if found is None:
+                with _one_sentence(f"{split} split of {text.name}: "):
+                    found = np.asarray(tokenizer.encode(getattr(text, split)), dtype=np.int64)
+                self._encoded[split] = found
+            ids[split] = found
+        _check_lengths(text.name, len(ids["train"]), len(ids["val"]), T)
         for split, batch_size in (("train", settings.optim.batch_size), ("val", 1)):
-            file = None if stored is None else stored / TOKENS.format(split)
-            with _one_sentence(f"{split} split of {text.name}: "):
-                if file is not None and file.exists():
-                    ids[split] = _stored_ids(file, tokenizer.vocab_size)
-                else:
-                    ids[split] = np.asarray(tokenizer.encode(getattr(text, split)), dtype=np.int64)
-                    self._encoded[split] = ids[split]
-                windows[split] = Windows(ids[split], T, batch_size, settings.run.seed)
+            windows[split] = Windows(ids[split], T, batch_size, settings.run.seed)
         self._train, self._val = windows["train"], windows["val"]
         self.n_train = len(ids["train"])
         self._eval_windows, self.eval_note = self._part(settings, len(ids["val"]))
@@ -67,7 +71,11 @@ class RunData:
         """Write tokenizer.json, and the token files unless they were read from here."""
         self.tokenizer.save(folder / "tokenizer.json")
         for split, ids in self._encoded.items():
-            token_file.write(folder / TOKENS.format(split), ids, self.vocab_size)
+            file = folder / TOKENS.format(split)
+            try:
+                token_file.write(file, ids, self.vocab_size)
+            except OSError as error:
+                raise Failure(f"cannot write {file}: {error.strerror}") from None
 
     @property
     def vocab_size(self) -> int:
@@ -113,11 +121,27 @@ def make_tokenizer(settings: TrainConfig, text: Corpus) -> Tokenizer:
         return Tokenizer.make(kind, learned_from, settings.data.vocab_size)
 
 
-def _stored_ids(file: Path, vocab_size: int) -> np.ndarray:
+def _stored_ids(file: Path, vocab_size: int) -> np.ndarray | None:
+    """None where the file is not there or no good: the text itself has been verified."""
     try:
         return token_file.read(file, vocab_size)
-    except token_file.TokenFileError as error:
-        raise ConfigError(f"{error}; delete it, and the text is encoded anew") from None
+    except FileNotFoundError:
+        return None
+    except (token_file.TokenFileError, OSError) as error:
+        print(f"warning: {error}; the text is encoded anew")
+        return None
+
+
+def _check_lengths(name: str, n_train: int, n_val: int, T: int) -> None:
+    """ConfigError, with the largest block that would do, if a split has no whole window."""
+    split, n = ("training", n_train) if n_train <= n_val else ("validation", n_val)
+    if n >= T + 1:
+        return
+    do = f"at most --block-size {n - 1}, or more text" if n > 1 else "more text"
+    raise ConfigError(
+        f"--data {name}: its {split} split has {n} tokens, too few for --block-size {T}, which "
+        f"needs {T + 1}; take {do}"
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -1,6 +1,6 @@
 """The run folder: who may write to it, and whether a resumed run is the same run.
 
-config.json · metrics.jsonl · checkpoints/step-N/ · tokenizer.json · loss.png · lock
+config.json · metrics.jsonl · checkpoints/step-N/ · tokenizer.json · tokens-*.bin · loss.png · lock
 """
 
 import contextlib
@@ -13,11 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptk.train import checkpoint, config
+from gptk.train import checkpoint, config, state
+from gptk.train.checkpoint import CheckpointError
 from gptk.train.config import ConfigError, TrainConfig, flag
 from gptk.train.options import Request
 
 CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", "lock"
+OF_A_RUN = (
+    CONFIG,
+    f"{CHECKPOINTS}/step-*",
+    "metrics.jsonl",
+    "tokenizer.json",
+    "tokens-*.bin",
+    "loss.png",
+)
+"""What a run leaves in its folder. A new run never starts over any of it."""
 FREE = ("data", "out", "eval_interval", "eval_tokens", "save_interval", "backend", "device")
 """Fields that may change on resume: the data is compared by its hash, the others do not enter the
 weights (another backend or device rounds differently, which is said)."""
@@ -30,23 +40,49 @@ def prepare(request: Request) -> tuple[Path, TrainConfig]:
         ConfigError: the folder is taken, missing, or not writable; or a resumed run would not be
             the same run, with old and new value of every field that differs.
     """
-    if request.resume is not None:
-        stored = _stored_config(request.resume, request.resume_must_exist)
-        if stored is not None:
-            resumed = _resumed_config(stored, request)
-            return _writable(request.resume), resumed
-    resolved = config.resolve(request.config)
-    if resolved.run.out is None:
-        folder = _next_free(resolved.preset)
-        resolved = config.replace(resolved, {"out": str(folder)})
-    else:
+    with _reachable(request):
+        if request.resume is not None:
+            stored = _stored_config(request.resume, request.resume_must_exist)
+            if stored is not None:
+                resumed = _with_whole_path(_resumed_config(stored, request))
+                return _writable(request.resume, "--resume"), resumed
+        resolved = _with_whole_path(config.resolve(request.config))
+        if resolved.run.out is None:
+            folder = _next_free(resolved.preset)
+            return _writable(folder), config.replace(resolved, {"out": str(folder)})
         folder = Path(resolved.run.out)
-        if request.resume is None and (folder / CONFIG).exists():
+        if request.resume is None:
+            refuse_taken(folder)
+        return _writable(folder), resolved
+
+
+@contextlib.contextmanager
+def _reachable(request: Request) -> Iterator[None]:
+    """A path that the system cannot even look up (too long, not allowed) is a wrong setting."""
+    try:
+        yield
+    except OSError as error:
+        named = request.resume or request.config.run.out or "runs"
+        option = "--resume" if request.resume_must_exist and request.resume else "--out"
+        shown = named if len(str(named)) <= 80 else f"{str(named)[:77]}..."
+        raise ConfigError(f"{option} {shown}: cannot be used ({error.strerror})") from None
+
+
+def refuse_taken(folder: Path) -> None:
+    """ConfigError if anything of a run is in the folder."""
+    for pattern in OF_A_RUN:
+        found = next(folder.glob(pattern), None)
+        if found is not None:
             raise ConfigError(
-                f"--out {folder}: a run is there already; add --resume to continue it or name "
-                "another folder (nothing is ever overwritten)"
+                f"--out {folder}: a run is there already ({found.relative_to(folder)}); add "
+                "--resume to continue it or name another folder (nothing is ever overwritten)"
             )
-    return _writable(folder), resolved
+
+
+def _with_whole_path(settings: TrainConfig) -> TrainConfig:
+    """The data by its absolute path, so that the run resumes from any working directory."""
+    data = settings.data.data
+    return settings if not data else config.replace(settings, {"data": os.path.abspath(data)})
 
 
 def _next_free(preset: str) -> Path:
@@ -56,14 +92,18 @@ def _next_free(preset: str) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if folder.exists():
+                continue
+            raise ConfigError(
+                f"--out {folder}: cannot be made ({folder.parent} is not a folder)"
+            ) from None
         except OSError as error:
             raise ConfigError(f"--out {folder}: cannot be made ({error.strerror})") from None
         return folder
     raise AssertionError
 
 
-def _writable(folder: Path) -> Path:
+def _writable(folder: Path, option: str = "--out") -> Path:
     """`folder`, after a file was really written there; before step 1, not at the first save."""
     probe = folder / f".probe-{os.getpid()}"
     try:
@@ -73,12 +113,12 @@ def _writable(folder: Path) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        raise ConfigError(f"--out {folder}: cannot be written to ({error.strerror})") from None
+        raise ConfigError(f"{option} {folder}: cannot be written to ({error.strerror})") from None
     return folder
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "--out") -> Iterator[None]:
     """Hold the run's lock. The system drops it with the process, however that ends.
 
     Raises:
@@ -92,7 +132,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise ConfigError(
-                f"--out {folder}: in use by another run ({file.read().strip()}); stop that one "
+                f"{option} {folder}: in use by another run ({file.read().strip()}); stop that one "
                 "or name another folder"
             ) from None
         file.truncate(0)
@@ -101,22 +141,46 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def remove_unused(folder: Path) -> None:
+    """Remove a folder in which no run began: it holds the lock alone."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
 def save_config(folder: Path, resolved: TrainConfig) -> None:
     """Write config.json."""
     checkpoint.replace_json(folder / CONFIG, config.to_json(resolved))
 
 
 def _stored_config(folder: Path, must_exist: bool) -> TrainConfig | None:
-    """The configuration of the run in `folder`; None if there is none and that is allowed."""
+    """The configuration of the run in `folder`; None if there is none and that is allowed.
+
+    A config.json that is lost or damaged is taken from the newest whole checkpoint.
+    """
     path = folder / CONFIG
-    if not path.exists():
-        if must_exist:
-            raise ConfigError(f"--resume {folder}: no run is there ({path} does not exist)")
-        return None
     try:
         return config.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume {folder}: {path} cannot be used ({error})") from None
+    except FileNotFoundError:
+        reason = f"{path} does not exist"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"{path} cannot be used ({error})"
+    newest = checkpoint.newest(folder / CHECKPOINTS, lambda _: None)
+    if newest is not None:
+        try:
+            stored = config.from_json(state.read(newest).get("config"))
+        except ConfigError as error:
+            raise CheckpointError(f"--resume {folder}: {reason}, {newest}: {error}") from None
+        print(f"{reason}; the settings are those that {newest.name} holds")
+        return stored
+    if not must_exist and not path.exists():
+        return None
+    if must_exist and not path.exists():
+        raise ConfigError(f"--resume {folder}: no run is there ({reason})")
+    raise ConfigError(
+        f"--resume {folder}: {reason}, and no checkpoint holds a copy; remove it to start over"
+    )
 
 
 def _resumed_config(stored: TrainConfig, request: Request) -> TrainConfig:

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from gptk.train.config import ConfigError
+from gptk.train.config import ConfigError, check_device
 
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -16,15 +16,20 @@ def choose_device(wanted: str) -> torch.device:
     Raises:
         ConfigError: that device is not here.
     """
+    check_device(wanted)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ConfigError(f"--device {wanted}: PyTorch sees {gpus} CUDA device(s) here")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"--device {wanted}: PyTorch sees no MPS device here")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    kind, _, number = wanted.partition(":")
+    index = int(number or 0)
+    if kind == "cuda" and index >= gpus:  # before torch, whose index is 8 bits
+        remedy = f"at most cuda:{gpus - 1}" if gpus else "--device auto or cpu"
+        raise ConfigError(
+            f"--device {wanted}: PyTorch sees {gpus} CUDA device(s) here; take {remedy}"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: PyTorch sees no MPS device here; take --device cpu")
+    return torch.device("cuda", index) if kind == "cuda" else torch.device(kind)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

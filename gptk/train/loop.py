@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from gptk.flags import Failure
 from gptk.model import GPT
 from gptk.optim import AdamW
 from gptk.train import folder, state
+from gptk.train.checkpoint import CheckpointError
 from gptk.train.config import TrainConfig
 from gptk.train.data import RunData
 from gptk.train.evaluate import Interrupted, Score, evaluate
@@ -39,6 +41,7 @@ class Position:
     evaluated: int = -1  # the last step after which the validation split was evaluated
     bits_per_byte: float = math.nan  # of that evaluation
     saved: int = -1  # the last step that a checkpoint holds
+    skipped: int = 0  # updates that float16 gradients spoilt
 
 
 @dataclass
@@ -121,10 +124,18 @@ def _update(run: Run, lr: float, loss: float) -> float:
         if bool(optimizer.skipped):
             raise NonFinite(_non_finite(run, f"the gradient norm is {optimizer.grad_norm}"))
     else:
+        before = scaler.get_scale()
         scaler.step(optimizer)  # float16 overflows now and then: the scale halves, the run goes on
         scaler.update()
-        if scaler.get_scale() < 1.0:
+        scale = scaler.get_scale()
+        if scale < 1.0:
             raise NonFinite(_non_finite(run, "float16 gradients overflow even unscaled"))
+        if scale < before:
+            run.at.skipped += 1
+            run.progress.say(
+                f"step {run.at.step + 1}: the update was skipped, for a float16 gradient "
+                f"overflowed; the loss is scaled by {scale:g} from here on"
+            )
     optimizer.zero_grad(set_to_none=True)
     assert optimizer.grad_norm is not None  # max_grad_norm is always set
     return float(optimizer.grad_norm)
@@ -135,14 +146,23 @@ def _non_finite(run: Run, what: str) -> str:
     batches = f"{first} to {first + run.config.optim.grad_accum - 1}"
     return (
         f"step {run.at.step + 1}: {what} (micro-batches {batches}); the update was not applied and "
-        f"the run stops. The last checkpoint is of step {run.at.saved}; a lower --learning-rate "
-        "or --grad-clip usually helps"
+        f"the run stops. {_last_checkpoint(run)}; a lower --learning-rate or --grad-clip usually "
+        "helps"
     )
+
+
+def _last_checkpoint(run: Run) -> str:
+    saved = run.at.saved
+    return f"The last checkpoint is of step {saved}" if saved >= 0 else "There is no checkpoint yet"
 
 
 def _validate(run: Run, stop: Stop) -> Score | None:
     """Evaluate the validation split and log it; None if a signal came first (a resumed run
-    then begins with it)."""
+    then begins with it).
+
+    Raises:
+        NonFinite: the weights are no good state; nothing is logged or saved of them.
+    """
     start = time.perf_counter()
     batches = run.data.val_batches(run.device)
     try:
@@ -150,9 +170,15 @@ def _validate(run: Run, stop: Stop) -> Score | None:
     except Interrupted:
         return None
     at = run.at
-    at.evaluated, at.bits_per_byte = at.step, score.bits_per_byte
+    if not math.isfinite(score.nats):
+        raise NonFinite(
+            f"step {at.step}: the validation loss is {score.nats}; the run stops and this state is "
+            f"not saved. {_last_checkpoint(run)}; a lower --learning-rate or --grad-clip usually "
+            "helps"
+        )
     record = {"val_loss": score.nats, "bits_per_byte": score.bits_per_byte}
-    run.metrics.write({"step": at.step, **record})
+    _write(run, {"step": at.step, **record})
+    at.evaluated, at.bits_per_byte = at.step, score.bits_per_byte
     run.progress.validated(at.step, *score[:2], time.perf_counter() - start)
     return score
 
@@ -160,18 +186,38 @@ def _validate(run: Run, stop: Stop) -> Score | None:
 def _log(run: Run, loss: float, lr: float, grad_norm: float, n_tokens: int, seconds: float) -> None:
     tokens_per_s = n_tokens / seconds
     flops = run.model.flops_per_token(run.config.model.block_size)
-    record = {
+    mfu = None if run.peak is None else flops * tokens_per_s / run.peak
+    record: dict[str, Any] = {
         "step": run.at.step,
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens": run.at.tokens,
         "tokens_per_s": tokens_per_s,
-        "mfu": None if run.peak is None else flops * tokens_per_s / run.peak,
+        # above 1 the probe has not found the peak: float16 on a CPU, whose probe is no fast path
+        "mfu": mfu if mfu is not None and mfu <= 1 else None,
         "ms": seconds * 1e3,
     }
-    run.metrics.write(record)
+    if run.scaler is not None:
+        record["skipped"] = run.at.skipped
+    _write(run, record)
     run.progress.step(record)
+
+
+def _write(run: Run, record: dict[str, Any]) -> None:
+    """Write a record; where that fails the position is saved before the run ends."""
+    try:
+        run.metrics.write(record)
+    except OSError as error:
+        try:
+            save(run)
+            rest = f"the run is saved at step {run.at.step}"
+        except CheckpointError:
+            rest = f"nor can a checkpoint be written, and the last one is of step {run.at.saved}"
+        raise Failure(
+            f"cannot write {run.metrics.path}: {error.strerror}; {rest}; make room, then "
+            f"gptk train --resume {run.path}"
+        ) from None
 
 
 def save(run: Run) -> None:

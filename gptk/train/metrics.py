@@ -4,35 +4,35 @@ A kill can tear the last line and leave lines beyond the checkpoint that a resum
 from; reopening drops both, so that the file of a resumed run is that of an uninterrupted one.
 """
 
+import errno
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 
 
-def read(path: Path) -> list[Record]:
-    """The records of a metrics file; a torn last line is left out.
-
-    Raises:
-        ValueError: another line is not a JSON object with a step.
-    """
+def read(path: Path, say: Callable[[str], None] = lambda _: None) -> list[Record]:
+    """The records of a metrics file. A torn last line is left out, and so is any other that is
+    not a JSON object with a step, which `say` is told once: a log is no reason to lose a run."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    records = []
+    *lines, _ = path.read_bytes().split(b"\n")  # what no newline ends is torn, or the empty rest
+    records, bad = [], []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             record["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):  # not ended by a newline: torn, or the empty rest
-                break
-            raise ValueError(f"{path}, line {number}: not a record with a step") from None
-        if number < len(lines):
+        except (ValueError, TypeError, KeyError, RecursionError):
+            bad.append(number)
+        else:
             records.append(record)
+    if bad:
+        where = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad)} lines from {bad[0]} on"
+        say(f"warning: {path}: {where} cannot be read, left out")
     return records
 
 
@@ -42,7 +42,8 @@ class Metrics:
 
     def __init__(self, path: Path, step: int | None = None) -> None:
         """Append to `path`, after dropping the records past `step` (None: all of them)."""
-        kept = [r for r in read(path) if step is not None and r["step"] <= step]
+        self.path = path
+        kept = [] if step is None else [r for r in read(path, print) if r["step"] <= step]
         *before, self._last = kept or [{}]
         text = b"".join(map(_line, before))
         self._start = len(text)  # of the last record's line
@@ -59,7 +60,10 @@ class Metrics:
         else:
             self._start = self._file.seek(0, os.SEEK_END)
         self._file.seek(self._start)
-        self._file.write(_line(record))  # one call: a kill does not leave half an old line
+        line = _line(record)
+        # one call: a kill does not leave half an old line
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._file.truncate()
         self._last = record
 

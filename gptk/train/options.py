@@ -19,6 +19,7 @@ from gptk.train.config import (
     check_types,
     describe,
     flag,
+    replace,
 )
 
 NANOGPT_NAMES = {
@@ -60,6 +61,7 @@ FLAGS = Flags(
     choices=CHOICES,
     optional_value=("resume",),
     hints=NANOGPT_NAMES,
+    stray="data",
 )
 
 
@@ -75,6 +77,8 @@ class Request:
     resume_must_exist: bool
     """The folder was named by --resume itself; with --out alone a missing one means: start."""
     extend: bool
+    notes: tuple[str, ...] = ()
+    """Lines about settings that have no effect."""
 
 
 def parse(argv: list[str]) -> Request:
@@ -93,36 +97,57 @@ def parse(argv: list[str]) -> Request:
         explicit, file_preset = read_config_file(flags["config"])
         preset = preset or file_preset
     base = build(preset or "laptop", explicit)
-    options = _tyro(FLAGS.words(flags), base)
-    for name in flags:
-        if name in FIELDS:
-            explicit[name] = _get(options, name)
+    # texts are taken as they are: "None" is a name like any other
+    texts = {name: value for name, value in flags.items() if FLAGS.kinds[name] is str}
+    others = {name: value for name, value in flags.items() if name not in texts}
+    options = _tyro(FLAGS.words(others), base)
+    explicit |= {name: _get(options, name) for name in others if name in FIELDS}
+    explicit |= {name: value for name, value in texts.items() if name in FIELDS}
     if preset is not None:
         explicit["preset"] = preset
     config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
-    resume = options.start.resume
-    bare = resume == ""
-    if bare and config.run.out is None:
+    config = replace(config, {name: value for name, value in texts.items() if name in FIELDS})
+    resume = _resume_folder(texts.get("resume"), config.run.out)
+    extend = options.start.extend
+    if extend and resume is None:
+        raise ConfigError("--extend is for a run that goes on: add --resume RUN")
+    notes = []
+    if "vocab_size" in flags and config.data.tokenizer != "bpe" and resume is None:
+        kind = config.data.tokenizer
+        notes.append(f"note: --vocab-size has no effect, for --tokenizer {kind} finds its own")
+    return Request(config, explicit, resume, bool(texts.get("resume")), extend, tuple(notes))
+
+
+def _resume_folder(resume: str | None, out: str | None) -> Path | None:
+    """The run to go on with, None for a new one; `resume` is "" where --resume stands alone."""
+    if resume is None:
+        return None
+    if resume == "" and out is None:
         raise ConfigError("--resume: name the run folder, --resume RUN or --out RUN --resume")
-    if resume and config.run.out not in (None, resume):
+    if resume == "":
+        return Path(str(out))
+    if out is not None and os.path.realpath(out) != os.path.realpath(resume):
         raise ConfigError(
-            f"--resume {resume} and --out {config.run.out}: a run continues in its own folder"
+            f"--resume {resume} and --out {out}: a run continues in its own folder, so leave out "
+            "--out"
         )
-    folder = config.run.out if bare else resume
-    return Request(
-        config,
-        explicit,
-        Path(folder) if folder is not None else None,
-        not bare,
-        options.start.extend,
-    )
+    path = Path(os.path.abspath(resume))
+    if path.parent.name == "checkpoints" and path.name.startswith("step-"):
+        run = Path(resume).parent.parent
+        raise ConfigError(
+            f"--resume {resume}: that is a checkpoint, and a run goes on from its newest one; "
+            f"name the run, --resume {run}"
+        )
+    return Path(resume)
 
 
 def read_config_file(path: str) -> tuple[dict[str, Any], str | None]:
     """The flat fields and the preset of a JSON file, with or without component groups."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must hold a JSON object")
@@ -134,7 +159,24 @@ def read_config_file(path: str) -> tuple[dict[str, Any], str | None]:
     for name in fields:
         if name not in FIELDS:
             raise ConfigError(f"--config {path}: {FLAGS.unknown(flag(name))}")
-    return check_types(fields), preset
+    try:
+        checked = check_types(fields)
+        for name, value in {"preset": preset, **checked}.items():
+            if value is not None and name in CHOICES and value not in CHOICES[name]:
+                raise ConfigError(f"{flag(name)} {value}: must be {describe(name)}")
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    if _is_a_run(Path(path).parent, checked.get("out")):
+        del checked["out"]  # the settings of that run, not its place
+    return checked, preset
+
+
+def _is_a_run(folder: Path, out: str | None) -> bool:
+    """Whether a settings file in `folder` that names the folder `out` is a run's own."""
+    if out is None:
+        return False
+    has_run = (folder / "lock").exists() or (folder / "checkpoints").is_dir()
+    return has_run or os.path.realpath(out) == os.path.realpath(folder)
 
 
 def _get(options: Options, name: str) -> Any:
@@ -144,6 +186,8 @@ def _get(options: Options, name: str) -> Any:
 def _tyro(args: list[str], base: TrainConfig) -> Options:
     import tyro
 
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_optional_text)
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     os.environ.setdefault("COLUMNS", "100")  # tyro's width where there is no terminal
     return tyro.cli(
@@ -152,4 +196,22 @@ def _tyro(args: list[str], base: TrainConfig) -> Options:
         args=args,
         default=Options(**values),
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+
+
+def _optional_text(info: Any) -> Any:
+    """How the help shows a setting that may be unset: STR or FLOAT, "unset" instead of None."""
+    import tyro
+
+    optional = {str | None: ("PATH", str), float | None: ("FLOAT", float)}
+    if info.type not in optional:
+        return None
+    metavar, kind = optional[info.type]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: ["unset" if value is None else str(value)],
     )

@@ -1,11 +1,60 @@
 """What a run shows while it runs: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 LINE_SECONDS = 10.0  # between plain lines
+
+
+class _Steady:
+    """A text stream that goes on without a reader: after the first failed write, into nothing."""
+
+    def __init__(self, stream: Any, who: str) -> None:
+        self._stream, self._who = stream, who
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        lost = self._stream
+        self._stream = open(os.devnull, "w", encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError):  # what it still holds goes nowhere, too
+            os.dup2(self._stream.fileno(), lost.fileno())
+        with contextlib.suppress(OSError):
+            reason = error.strerror or type(error).__name__
+            print(f"{self._who}: nobody reads the output ({reason}); going on", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def steady_display(who: str) -> Iterator[None]:
+    """Inside, losing standard output (a closed pipe, a full disk) loses no more than the lines."""
+    before = sys.stdout
+    steady = _Steady(before, who)
+    sys.stdout = steady
+    try:
+        yield
+    finally:
+        steady.flush()
+        if sys.stdout is steady:
+            sys.stdout = before
 
 
 class Progress:

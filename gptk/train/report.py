@@ -2,16 +2,21 @@
 
 from pathlib import Path
 
+from gptk.flags import Failure
 from gptk.train import metrics
 
 
 def plot_loss(run: Path) -> Path | None:
-    """Draw run/loss.png, log-log, and return its path; None if there is nothing to draw."""
+    """Draw run/loss.png, log-log, and return its path; None if there is nothing to draw.
+
+    Raises:
+        Failure: it cannot be written.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     records = [r for r in metrics.read(run / "metrics.jsonl") if r["step"] > 0]
-    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    val = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    train = [(r["step"], r["loss"]) for r in records if isinstance(r.get("loss"), float)]
+    val = [(r["step"], r["val_loss"]) for r in records if isinstance(r.get("val_loss"), float)]
     if not train:
         return None
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -23,5 +28,8 @@ def plot_loss(run: Path) -> Path | None:
     axes.grid(which="both", alpha=0.25)
     axes.legend()
     path = run / "loss.png"
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -5,8 +5,9 @@ Everything that can be wrong is found here, before step 1, and said in one sente
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +18,14 @@ import torch
 from gptk.model import GPT, GPTConfig
 from gptk.ops import contract
 from gptk.optim import AdamW
-from gptk.train import checkpoint, config, folder, hardware, report, state
+from gptk.train import checkpoint, config, folder, hardware, state
 from gptk.train.config import ConfigError, TrainConfig
 from gptk.train.data import RunData, load_text, load_tokenizer, make_tokenizer
-from gptk.train.loop import NonFinite, Position, Run, train
+from gptk.train.loop import Position, Run
 from gptk.train.metrics import Metrics
 from gptk.train.options import Request
-from gptk.train.progress import Progress
-from gptk.train.stop import Stop
-
-SAMPLE_TOKENS = 300
-INTERPRETED_SAMPLE_TOKENS = 32
-"""In Triton's interpreter, where a token takes a third of a second."""
+from gptk.train.progress import Progress, steady_display
+from gptk.train.show import describe, train_and_show
 
 
 def run(request: Request) -> int:
@@ -38,18 +35,25 @@ def run(request: Request) -> int:
         ConfigError: the request cannot be met; nothing was trained.
         CheckpointError: no usable checkpoint, or a save failed.
     """
-    with opened(request) as a_run:
+    with steady_display("gptk train"), opened(request) as a_run:
         return train_and_show(a_run)
 
 
 @contextlib.contextmanager
 def opened(request: Request) -> Iterator[Run]:
     """The run that `request` asks for, at step 0 or where its newest checkpoint is, locked."""
+    named = request.resume or request.config.run.out
+    is_new = named is None or not os.path.lexists(named)
     path, settings = folder.prepare(request)
-    check_backend(settings.run.backend)
-    device = hardware.choose_device(settings.run.device)
-    dtype, dtype_reason = hardware.choose_dtype(settings.run.dtype, device)
-    with folder.locked(path):
+    option = "--out" if request.resume is None else "--resume"
+    with folder.locked(path, option), contextlib.ExitStack() as at_end:
+        if is_new:
+            at_end.callback(folder.remove_unused, path)
+        if request.resume is None:
+            folder.refuse_taken(path)  # again: another run may have come and gone meanwhile
+        check_backend(settings.run.backend)
+        device = hardware.choose_device(settings.run.device)
+        dtype, dtype_reason = hardware.choose_dtype(settings.run.dtype, device)
         root = path / folder.CHECKPOINTS
         checkpoint.recover(root)
         resumed = checkpoint.newest(root, print) if request.resume is not None else None
@@ -58,15 +62,11 @@ def opened(request: Request) -> Iterator[Run]:
         stored = state.read(resumed) if resumed else None
         data = _load_data(settings, path, resumed, stored)
         a_run = _assemble(path, settings, data, device, dtype, resumed, stored)
-        try:
-            folder.save_config(path, settings)
-            data.save(path)
-            for line in describe(a_run, dtype, dtype_reason, resumed):
-                print(line)
-            sys.stdout.flush()
-            yield a_run
-        finally:
-            a_run.metrics.close()
+        at_end.callback(a_run.metrics.close)
+        for line in (*describe(a_run, dtype, dtype_reason, resumed), *request.notes):
+            print(line)
+        sys.stdout.flush()
+        yield a_run
 
 
 def check_backend(name: str) -> None:
@@ -85,16 +85,21 @@ def _load_data(
     settings: TrainConfig, path: Path, resumed: Path | None, stored: dict[str, Any] | None
 ) -> RunData:
     """The data; of a resumed run with the checkpoint's tokenizer, and refused if it differs."""
-    text = load_text(settings)
     if resumed is None or stored is None:
+        text = load_text(settings)
         return RunData(settings, text, make_tokenizer(settings, text))
+    try:
+        text = load_text(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; name the run's text with --data if it has moved") from None
     before = {k: stored["data"].get(k) for k in ("corpus sha256", "tokenizer sha256")}
-    now = {
-        "corpus sha256": text.sha256,
-        "tokenizer sha256": load_tokenizer(path / state.TOKENIZER).sha256
-        if (path / state.TOKENIZER).exists()
-        else before["tokenizer sha256"],
-    }
+    now = {**before, "corpus sha256": text.sha256}
+    file = path / state.TOKENIZER
+    try:
+        now["tokenizer sha256"] = load_tokenizer(file).sha256
+    except ConfigError as error:
+        if file.exists():
+            print(f"warning: {error}; the copy in {resumed.name} takes its place")
     differing = {f"data {k}": (old, now[k]) for k, old in before.items() if old != now[k]}
     if differing:
         raise ConfigError(folder.refusal(differing))
@@ -122,10 +127,12 @@ def _assemble(
     at = Position()
     if stored is not None:
         _check_same_run(stored, identity, settings)
-        at = Position(**{f.name: stored[f.name] for f in dataclasses.fields(Position)})
+        known = {f.name for f in dataclasses.fields(Position)} & stored.keys()
+        at = Position(**{name: stored[name] for name in known})
         at.bits_per_byte = math.nan if at.bits_per_byte is None else at.bits_per_byte
     torch.manual_seed(settings.run.seed)
     optim = settings.optim
+    _check_memory(model_config, device)
     model = GPT(model_config, backend=settings.run.backend).to(device)
     optimizer = AdamW(
         model.param_groups(optim.weight_decay),
@@ -142,6 +149,13 @@ def _assemble(
     autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if dtype != torch.float32:
         autocast = torch.autocast(device.type, dtype=dtype)
+    peak = hardware.matmul_peak(device, dtype)
+    log = path / "metrics.jsonl"
+    if resumed is None:
+        _keep_log(log)
+    # the configuration first: a folder with anything of a run in it can then be resumed
+    folder.save_config(path, settings)
+    data.save(path)
     return Run(
         settings,
         path,
@@ -151,12 +165,32 @@ def _assemble(
         scaler,
         autocast,
         device,
-        hardware.matmul_peak(device, dtype),
+        peak,
         identity,
         at,
-        Metrics(path / "metrics.jsonl", at.step if resumed else None),
+        Metrics(log, at.step if resumed else None),
         Progress(optim.max_steps, at.step, data.bytes_per_token),
     )
+
+
+def _keep_log(log: Path) -> None:
+    """Set aside the log of a run whose checkpoints are gone. The first checkpoint, of step 0, comes
+    before the second line, so a run that was killed before it has none to lose."""
+    if log.exists() and log.read_bytes().count(b"\n") > 1:
+        free = next(n for n in itertools.count(1) if not log.with_suffix(f".{n}.jsonl").exists())
+        print(
+            f"the log of an earlier run stays as {log.replace(log.with_suffix(f'.{free}.jsonl'))}"
+        )
+
+
+def _check_memory(model: GPTConfig, device: torch.device) -> None:
+    """MemoryError where weights, gradients and moments alone are more than the machine has: the
+    system would end the process without a word."""
+    C = model.n_embd
+    n = (model.vocab_size + model.block_size + 12 * model.n_layer * C) * C
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cpu" and 16 * n > have:
+        raise MemoryError(f"{n:,} parameters take {16 * n / 1e9:,.0f} of {have / 1e9:,.0f} GB")
 
 
 def _check_same_run(stored: dict[str, Any], now: dict[str, Any], settings: TrainConfig) -> None:
@@ -164,7 +198,8 @@ def _check_same_run(stored: dict[str, Any], now: dict[str, Any], settings: Train
     differing = {}
     for part in ("model", "data"):
         old, new = stored.get(part, {}), now[part]
-        for name in sorted(set(old) | set(new)):
+        names = {*old, *new} - {f.name for f in dataclasses.fields(config.ModelConfig)}
+        for name in sorted(names):  # the model's settings are compared as settings, below
             if old.get(name) != new.get(name):
                 differing[f"{part} {name}"] = (old.get(name), new.get(name))
     if stored.get("dtype") != now["dtype"]:
@@ -182,72 +217,3 @@ def _check_same_run(stored: dict[str, Any], now: dict[str, Any], settings: Train
     changes = [f"{k} {old_place[k]} -> {v}" for k, v in new_place.items() if old_place[k] != v]
     if changes:
         print(f"warning: results may differ in the last bits from here on: {', '.join(changes)}")
-
-
-def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) -> list[str]:
-    """The block of facts that a run begins with."""
-    model, data, settings = a_run.model, a_run.data, a_run.config
-    optim = settings.optim
-    per_step = optim.batch_size * optim.grad_accum * settings.model.block_size
-    chosen = contract.chosen(model, dtype)
-    backends = "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in chosen.items())
-    peak = "unknown" if a_run.peak is None else f"{a_run.peak / 1e9:,.0f} GFLOP/s"
-    return [
-        f"configuration  {json.dumps({'preset': settings.preset, **config.flatten(settings)})}",
-        f"run folder     {a_run.path}"
-        + (f", continuing from {resumed.name}" if resumed is not None else ""),
-        f"data           {data.summary}",
-        f"tokenizer      {settings.data.tokenizer}, {data.vocab_size:,} tokens, "
-        f"{data.bytes_per_token:.2f} bytes of text each"
-        + (f"; {data.tokenizer.note}" if data.tokenizer.note else ""),
-        f"model          {model.num_params(non_embedding=False):,} parameters "
-        f"({model.num_params():,} without position embeddings)",
-        f"step           {per_step:,} tokens; {optim.max_steps:,} steps see the training text "
-        f"{optim.max_steps * per_step / max(data.n_train, 1):.1f} times",
-        f"device         {a_run.device}, {torch.get_num_threads()} threads, "
-        f"matrix products {str(dtype).removeprefix('torch.')} ({reason}), peak {peak}",
-        f"backend        {backends} (asked: {settings.run.backend}; gptk info says why)",
-        *([data.eval_note] if data.eval_note else []),
-    ]
-
-
-def train_and_show(a_run: Run) -> int:
-    """Train, then draw the curve, sample, and say where everything is."""
-    failed = ""
-    with Stop() as stop, a_run.progress:
-        try:
-            train(a_run, stop)
-        except NonFinite as error:
-            failed = str(error)
-    if failed:
-        print(f"gptk train: {failed}", file=sys.stderr)
-        return 1
-    report.plot_loss(a_run.path)
-    at = a_run.at
-    if stop:
-        print(f"stopped by a signal at step {at.step}; saved. To continue:")
-        print(f"  gptk train --resume {a_run.path}")
-        return stop.exit_code
-    _print_sample(a_run)
-    print(f"done: step {at.step}, {at.bits_per_byte:.4f} bits per byte on the validation text")
-    print(f"run folder {a_run.path} (metrics.jsonl, loss.png, checkpoints). To sample:")
-    print(f"  gptk sample {a_run.path}")
-    return 0
-
-
-def _print_sample(a_run: Run) -> None:
-    from gptk.chat.generate import Sampling, stream
-
-    slow = hardware.interpreted(a_run.config.run.backend)
-    n = INTERPRETED_SAMPLE_TOKENS if slow else SAMPLE_TOKENS
-    print(f"--- a sample of {n} tokens" + (", since Triton's interpreter is slow" if slow else ""))
-    for piece in stream(
-        a_run.model,
-        a_run.data.tokenizer,
-        "\n",
-        n,
-        Sampling(temperature=0.8),
-        seed=a_run.config.run.seed,
-    ):
-        print(piece, end="", flush=True)
-    print("\n---")

@@ -232,16 +232,21 @@ def test_a_non_finite_gradient_is_not_applied_and_the_run_stops(tmp_path, value)
         assert all(p.isfinite().all() for p in run.model.parameters())
 
 
-def test_a_nan_loss_stops_the_command_with_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "validated, sentence", [(-1, "step 0: the validation loss is nan"), (0, "step 1: the loss is")]
+)
+def test_a_nan_loss_stops_the_command_with_an_error(tmp_path, validated, sentence):
     with start.opened(request(tmp_path)) as run:
         with torch.no_grad():
             run.model.ln_f.weight[0] = math.nan
+        run.at.evaluated = run.at.saved = validated
         before = snapshot(run)
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             code = start.train_and_show(run)
         assert code == 1
-        assert "step 1: the loss is nan" in said.getvalue()
+        assert sentence in said.getvalue()
+        assert not (tmp_path / "run/checkpoints").exists()
         assert_equal(before, snapshot(run))
 
 

@@ -70,8 +70,36 @@ def test_nan_is_null_and_the_file_stays_json(tmp_path):
     }
 
 
-def test_damage_in_the_middle_is_named(tmp_path):
+def test_lines_that_cannot_be_read_are_left_out_with_one_warning(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        read(path)
+    bad = b'nonsense\n[1]\n{"step": "x"}\n\xff\n' + b"[" * 100_000 + b"\n"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'{"step": 2}\n')
+    said = []
+    assert read(path, said.append) == [{"step": 1}, {"step": 2}]
+    assert said == [f"warning: {path}: 5 lines from 2 on cannot be read, left out"]
+    Metrics(path, 2).close()
+    assert capsys.readouterr().out.count("warning") == 1
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_fresh_log_does_not_read_the_old_one(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("nonsense\n")
+    Metrics(path).close()
+    assert (path.read_text(), capsys.readouterr().out) == ("", "")
+
+
+def test_a_line_that_fits_only_in_part_is_an_error(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    whole = metrics._file
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+        def write(self, data):
+            return whole.write(data[:5])
+
+    metrics._file = Full()
+    with pytest.raises(OSError, match="No space"):
+        metrics.write({"step": 1})
