@@ -4,7 +4,8 @@
 //   m = beta1 m + (1 - beta1) g                  v = beta2 v + (1 - beta2) g^2
 //   p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 //
-// p is the float master where there is one; the parameter is then its rounding.
+// p is the float master where there is one; the parameter is then its rounding. Where it is not, it
+// was changed since the last update, and its value is taken.
 // Threads: one parallel region over pieces of GPTK_NORM_BLOCK elements of all tensors together. An
 // element depends on itself alone; the norm adds pieces, then their sums in order, in double: 1e20
 // squared does not overflow.
@@ -64,6 +65,18 @@ template <typename A> Step<A> step_scalars(const gptk_adamw_update_args& a, cons
   return s;
 }
 
+// n values of the master, or of the parameter where that is not the master's rounding, in `out`.
+template <typename A>
+const A* current_values(const Tensor& t, int64_t begin, int64_t n, const A* master, A* out) {
+  A stored[BLOCK];  // room for values of the parameter's dtype
+  A rounded_scratch[BLOCK], param_scratch[BLOCK];
+  write_block(stored, t.param_dtype, 0, n, master);
+  const A* rounded = read_block<A>(stored, t.param_dtype, 0, n, rounded_scratch);
+  const A* param = read_block(t.param, t.param_dtype, begin, n, param_scratch);
+  for (int64_t i = 0; i < n; i++) out[i] = rounded[i] == param[i] ? master[i] : param[i];
+  return out;
+}
+
 template <typename A>
 void update_block(const Tensor& t, const Step<A>& s, int64_t begin, int64_t n) {
   A g_scratch[BLOCK], m_scratch[BLOCK], v_scratch[BLOCK], p_scratch[BLOCK], m_out[BLOCK],
@@ -74,6 +87,7 @@ void update_block(const Tensor& t, const Step<A>& s, int64_t begin, int64_t n) {
   const A* m_old = read_block(t.exp_avg, t.state_dtype, begin, n, m_scratch);
   const A* v_old = read_block(t.exp_avg_sq, t.state_dtype, begin, n, v_scratch);
   const A* p_old = read_block(parameter, parameter_dtype, begin, n, p_scratch);
+  if (t.master) p_old = current_values(t, begin, n, p_old, p_scratch);
   A* m_new = target_block(t.exp_avg, t.state_dtype, begin, m_out);
   A* v_new = target_block(t.exp_avg_sq, t.state_dtype, begin, v_out);
   A* p_new = target_block(parameter, parameter_dtype, begin, p_out);

@@ -37,7 +37,9 @@ def update(
     for p, g, m, v, master, step, rate, decay in rows:
         step += 1
         t = float(step)
-        w = p if master is None else master
+        w = p
+        if master is not None:  # where p is not its rounding, p was changed since the last update
+            w = master.copy_(torch.where(master.to(p.dtype) == p, master, p))
         g = g.to(m.dtype) * grad_multiplier
         w.mul_(1 - rate * decay)
         m.lerp_(g, 1 - beta1)

@@ -108,10 +108,11 @@ def _update_block(
     g = widen(tl.load(grad_ptr + at, mask=inside), ACC) * multiplier
     m = widen(tl.load(exp_avg_ptr + at, mask=inside), ACC)
     v = widen(tl.load(exp_avg_sq_ptr + at, mask=inside), ACC)
-    if HAS_MASTER:
-        p = widen(tl.load(master_ptr + at, mask=inside), ACC)
-    else:
-        p = widen(tl.load(param_ptr + at, mask=inside), ACC)
+    p = widen(tl.load(param_ptr + at, mask=inside), ACC)
+    if HAS_MASTER:  # p is its rounding, or was changed since the last update
+        master = widen(tl.load(master_ptr + at, mask=inside), ACC)
+        rounded = widen(narrow(master, param_ptr.dtype.element_ty), ACC)
+        p = tl.where(rounded == p, master, p)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     if ACC == tl.float64:
