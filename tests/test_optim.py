@@ -1,10 +1,12 @@
 """gptk.optim.AdamW: torch.optim.AdamW's numbers, state and scaler protocol, on every backend."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from equivalence import missing
+from torch._subclasses import FakeTensorMode
 
 from gptk.optim import AdamW
 
@@ -232,11 +234,215 @@ def test_a_learning_rate_may_be_a_tensor(backend):
     assert near(results[0], results[1], 2.0**-24)
 
 
+def trained(p, steps=3, **options):
+    optimizer = AdamW([p], lr=1e-2, **options)
+    for step in range(steps):
+        p.grad = gradient(step, p)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_parameter_of_another_layout_gives_the_same_bits(backend, dtype):
+    for start, strided in (
+        (torch.randn(6, 4), lambda t: t.t().contiguous().t()),
+        (torch.randn(2, 3, 4, 5), lambda t: t.contiguous(memory_format=torch.channels_last)),
+    ):
+        rows = torch.nn.Parameter(start.to(dtype))
+        other = torch.nn.Parameter(strided(start.to(dtype)))
+        a, b = trained(rows, backend=backend), trained(other, backend=backend)
+        assert torch.equal(rows, other)
+        loaded = AdamW([other], lr=1e-2, backend=backend)
+        loaded.load_state_dict(b.state_dict())
+        for optimizer, p in ((a, rows), (loaded, other)):
+            p.grad = gradient(3, p)
+            optimizer.step()
+        assert torch.equal(rows, other)
+        for name, value in a.state[rows].items():
+            assert torch.equal(value, loaded.state[other][name]), name
+
+
+def test_a_change_from_outside_stays(backend):
+    """The float32 master of a 16-bit parameter must not undo what a user or a loader wrote."""
+    layer = torch.nn.Linear(5, 3, bias=False).bfloat16()
+    twin = copy.deepcopy(layer)
+    a, b = (trained(x.weight, backend=backend) for x in (layer, twin))
+    layer.weight.data[0].fill_(3.0)
+    for optimizer, p in ((a, layer.weight), (b, twin.weight)):
+        p.grad = torch.full_like(p, 0.01)
+        optimizer.step()
+    assert near(layer.weight[0], torch.full((5,), 3.0), 0.02)
+    assert torch.equal(layer.weight[1:], twin.weight[1:])
+    assert torch.equal(a.state[layer.weight]["master"][1:], b.state[twin.weight]["master"][1:])
+    layer.load_state_dict({"weight": torch.full((3, 5), -2.0)})
+    a.step()
+    assert near(layer.weight, torch.full((3, 5), -2.0), 0.02)
+
+
+def test_a_parameter_that_became_float32_has_no_master(backend):
+    p = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    optimizer = trained(p, backend=backend)
+    q = torch.nn.Parameter(p.detach().float())
+    other = AdamW([q], backend=backend)
+    other.load_state_dict(optimizer.state_dict())
+    q.grad = torch.ones(5)
+    other.step()
+    assert "master" not in other.state[q]
+
+
+def test_skipped_and_norm_are_those_of_the_last_step(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p], max_grad_norm=1.0, backend=backend)
+    p.grad = torch.full((3,), float("inf"))
+    optimizer.step()
+    assert bool(optimizer.skipped)
+    p.grad = None
+    optimizer.step()
+    assert not bool(optimizer.skipped)
+    assert optimizer.grad_norm is None
+
+
+def test_a_copy_steps_as_the_original_does(backend):
+    start = torch.nn.Parameter(torch.ones(3))
+    optimizer = trained(start, max_grad_norm=0.5, backend=backend)
+    for same in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (p,) = same.param_groups[0]["params"]
+        original = copy.deepcopy(start)
+        other = AdamW([original], lr=1e-2, max_grad_norm=0.5, backend=backend)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for mine, x in ((same, p), (other, original)):
+            x.grad = torch.ones(3)
+            mine.step()
+        assert torch.equal(p, original)
+        assert torch.equal(same.grad_norm, other.grad_norm)
+        assert (same.max_grad_norm, same.backend) == (0.5, backend)
+
+
+def test_betas_may_be_a_list(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = trained(p, betas=[0.9, 0.95], backend=backend)
+    optimizer.param_groups[0]["betas"] = [0.9, 0.95]
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = [0.9, 0.95]  # what JSON makes of a tuple
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    optimizer.step()
+    q = torch.nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [q], "betas": [0.8, 0.9]})
+    q.grad = torch.ones(3)
+    optimizer.step()
+    assert not torch.equal(q.detach(), torch.ones(3))
+
+
+def test_two_devices_share_one_norm(monkeypatch):
+    """Tensors without memory on two devices, where mixing them raises."""
+    calls = []
+
+    def fake(params, grads, *lists, norm, grad_scale, found_inf, **options):
+        calls.append((params[0].device, norm.device))
+        return norm, norm.isnan() | (found_inf.to(norm.device) != 0)
+
+    monkeypatch.setattr("gptk.optim.adamw_", fake)
+    monkeypatch.setattr("gptk.optim.grad_norm", lambda grads, **_: grads[0].double().sum())
+    with FakeTensorMode():
+        devices = [torch.device("cuda:0"), torch.device("cuda:1")]
+        params = [torch.nn.Parameter(torch.ones(3, device=d)) for d in devices]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = AdamW(params, max_grad_norm=1.0)
+        optimizer.grad_scale = optimizer.found_inf = torch.ones((), device=devices[1])
+        optimizer.step()
+    assert calls == [(devices[0], devices[0]), (devices[1], devices[0])]
+
+
 def test_wrong_settings_are_refused():
     p = [torch.nn.Parameter(torch.ones(1))]
-    for wrong in (dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(max_grad_norm=0.0), dict(eps=-1e-8)):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+    q = torch.nn.Parameter(torch.ones(1))
+    for wrong in (
+        dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(betas=(0.9,)), dict(eps=-1e-8),
+        dict(weight_decay=-0.1),
+    ):  # fmt: skip
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=name):
             AdamW(p, **wrong)
-    stored = torch.optim.AdamW(p, amsgrad=True).state_dict()
-    with pytest.raises(ValueError, match="amsgrad"):
-        AdamW(p).load_state_dict(stored)
+        with pytest.raises(ValueError, match=name):
+            AdamW(p).add_param_group({"params": q, **wrong})
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        AdamW(p, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_options_that_would_be_ignored_are_refused(option):
+    p, q = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    group = {"params": [q], option: True}
+    with pytest.raises(ValueError, match=option):
+        AdamW([group])
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match=option):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    stored = torch.optim.AdamW([p], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=option):
+        optimizer.load_state_dict(stored)
+    assert not optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(ValueError, match=option):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(1))
+
+
+def test_other_groups_that_would_be_ignored_are_refused():
+    q = torch.nn.Parameter(torch.ones(1))
+    for name, value in (("decoupled_weight_decay", False), ("max_grad_norm", 1.0), ("backend", "")):
+        with pytest.raises(ValueError, match=name):
+            AdamW([{"params": [q], name: value}])
+    for named in ([q, q], iter([q, q]), [("a", q), ("b", q)]):
+        with pytest.raises(ValueError, match="more than once"):
+            AdamW(named)
+    fast = torch.optim.AdamW([q], foreach=True).state_dict()  # another loop, the same numbers
+    AdamW([q]).load_state_dict(fast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_state_of_another_shape_is_refused(dtype):
+    p, q = (torch.nn.Parameter(torch.ones(s, dtype=dtype)) for s in ((2, 3), (3, 2)))
+    stored = trained(p, steps=1, backend="torch").state_dict()
+    optimizer = trained(q, steps=1, backend="torch")
+    before = copy.deepcopy(optimizer.state_dict())
+    bad = [stored]
+    for name in stored["state"][0]:
+        good = copy.deepcopy(before)
+        good["state"][0][name] = torch.ones(2)
+        bad.append(good)
+    lacking = copy.deepcopy(before)
+    del lacking["state"][0]["exp_avg"]
+    for state, match in (
+        *((state, r"(\(2, 3\)|\(2,\)).*\((3, 2)?\)") for state in bad),
+        (lacking, "no exp_avg"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(state)
+        for name, value in optimizer.state[q].items():
+            assert torch.equal(value, before["state"][0][name]), name
+
+
+def test_a_gradient_of_another_shape_is_refused(backend):
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = trained(p, backend=backend)
+    p.data = torch.ones(7, 9)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(7, 9\)"):
+        optimizer.step()
+
+
+def test_a_loaded_step_count_lies_beside_its_parameter():
+    p = torch.nn.Parameter(torch.ones(3))
+    saved = trained(p, backend="torch").state_dict()
+    q = torch.nn.Parameter(torch.ones(3, device="meta"))
+    for step in (saved["state"][0]["step"], torch.tensor([3]), 3):
+        saved["state"][0]["step"] = step
+        optimizer = AdamW([q])
+        optimizer.load_state_dict(saved)
+        loaded = optimizer.state[q]["step"]
+        assert (loaded.device.type, loaded.dtype, loaded.shape) == ("meta", torch.float32, ())
