@@ -94,6 +94,10 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or the loss over targets != -100; `seed` governs every dropout mask."""
+        if idx.dim() != 2:
+            raise ValueError(f"idx {tuple(idx.shape)}: must be (B, T)")
+        if idx.device != self.wte.weight.device:  # torch's embedding does not look
+            raise ValueError(f"idx is on {idx.device}, the model on {self.wte.weight.device}")
         past = 0 if cache is None else cache.length
         T = idx.shape[1]
         if past + T > self.config.block_size:

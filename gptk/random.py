@@ -65,7 +65,7 @@ def keep_mask_definition(
     zero = torch.zeros((), device=device, dtype=torch.int64)
     words = philox4x32((low, high), (block + 0 * row, row & _MASK32, (row >> 32) & _MASK32, zero))
     lanes = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # (rows, blocks, 4)
-    return lanes.reshape(rows, -1)[:, :cols] >= round(p * 2**32)
+    return lanes.flatten(1)[:, :cols] >= round(p * 2**32)
 
 
 def dropout(input: Tensor, p: float, seed: Seed) -> Tensor:

@@ -179,6 +179,24 @@ def test_wrong_sizes_are_refused():
         build("cuda")(tokens(1, 2))
 
 
+def test_ids_that_are_no_batch_are_refused(backend):
+    model, idx = build(backend), tokens(2, 8)
+    for wrong in (idx[0], idx[None], idx[0, 0]):
+        with pytest.raises(ValueError, match=r"idx \(.*\): must be \(B, T\)"):
+            model(wrong)
+    with pytest.raises(ValueError, match="idx is on meta"):
+        model(idx.to("meta"))
+    with pytest.raises(ValueError, match="target is on meta"):
+        model(idx, idx.to("meta"))
+    with pytest.raises(ValueError, match=r"target \(16,\) for rows of logits \(2, 8\)"):
+        model(idx, idx.flatten())
+    with pytest.raises(RuntimeError, match=r"Long, Int|LongTensor|IntTensor"):
+        model(idx.float())
+    with pytest.raises(IndexError):
+        model(idx + 50)
+    assert torch.equal(model(idx.int(), idx.int()), model(idx, idx))
+
+
 def test_explain_names_what_runs():
     text = gptk.explain(build("torch"))
     for op in ("layer_norm", "attention", "linear", "mlp", "linear_cross_entropy"):

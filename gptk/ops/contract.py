@@ -39,7 +39,12 @@ def check_backend(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Make `name` the backend of every call in this block that names none itself."""
+    """Make `name` the backend of every call in this block that names none itself.
+
+    The block's own thread only: a new thread starts with auto. A forward that checkpointing runs
+    again in backward runs outside of the block too. In both places name the backend at the call
+    (`backend=`) or in the module (its attribute `backend`).
+    """
     token = _default.set(check_backend(name))
     try:
         yield
@@ -95,10 +100,12 @@ def resolve(
     Raises Unsupported if a named backend cannot. The reference module stands for torch.
     """
     name = backend if backend is not None else _default.get()
-    key = (op, name, tensor.device.type, dtype or tensor.dtype, tuple(traits.items()))
+    if transformed() and name != "torch":
+        name = _without_kernels(op, name)
+    key = (op, name, tensor.device, dtype or tensor.dtype, tuple(traits.items()))
     candidates = _candidates.get(key)
     if candidates is None:
-        candidates = _candidates[key] = _resolve(op, name, key[2], key[3], traits)
+        candidates = _candidates[key] = _resolve(op, name, key[2].type, key[3], traits)
     if len(candidates) > 1:
         size = tensor.numel()
         for module, least in candidates:
@@ -108,6 +115,21 @@ def resolve(
 
 
 _candidates: dict[tuple[Any, ...], list[tuple[ModuleType, int]]] = {}
+
+
+transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""True inside torch.func.grad, vmap and the like: their tensors have no address."""
+
+
+def _without_kernels(op: str, backend: str) -> str:
+    """The backend for a call inside a torch.func transform: torch, or Unsupported."""
+    if check_backend(backend) == "auto":
+        return "torch"
+    raise Unsupported(
+        f"{op}(backend={backend!r}) cannot run inside a torch.func transform (grad, vmap, ...)\n"
+        f"  - {backend}: its kernels take addresses, which the transform's tensors do not have\n"
+        f"  take backend='torch'"
+    )
 
 
 def _resolve(
@@ -218,11 +240,29 @@ def _chosen(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
     return next(b for b in BACKENDS if ROWS[op, b].module == path)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that torch.autocast asks matrix-like ops to compute in, or None when it is off."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast has matrix-like ops compute in; None: it leaves them alone.
+
+    It leaves float64 alone, as PyTorch's does.
+    """
+    if not _any_autocast():
+        return None
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def readable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor (in `dtype`) as a kernel reads it by address: contiguous, no pending negation."""
+    if dtype is not None and tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor.contiguous()
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -230,9 +270,9 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-        if not on:
+        if not _any_autocast():
             return function(*args, **kwargs)
+        on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         with contextlib.ExitStack() as stack:
             for device in on:
                 stack.enter_context(torch.autocast(device, enabled=False))

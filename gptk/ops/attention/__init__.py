@@ -12,6 +12,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    readable,
     resolve,
 )
 from gptk.random import Seed, check_probability, draw_seed
@@ -35,7 +36,7 @@ def attention(
     Args:
         query: (B, H, Tq, D); key: (B, Hkv, Tk, D); value: (B, Hkv, Tk, Dv); any strides; one dtype.
         causal: query i sees keys 0 .. Tk - Tq + i (bottom-right, unlike torch's SDPA).
-        scale: 1 / sqrt(D) by default.
+        scale: 1 / sqrt(D) by default (of no consequence for D = 0: every score is 0).
         dropout_p, seed: mask row (b * H + h) * Tq + i, column j; None draws a seed.
         enable_gqa: allow Hkv < H (H % Hkv == 0).
         window: with causal, query i sees its last `window` keys only.
@@ -48,11 +49,11 @@ def attention(
     Reference: Dao 2023, https://arxiv.org/abs/2307.08691.
     """
     _check(query, key, value, causal, window, enable_gqa)
-    cast = autocast_dtype(query.device.type)
+    cast = autocast_dtype(query)
     if check_probability(dropout_p) and seed is None:
         seed = draw_seed()
     seed = 0 if seed is None else seed
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     if cast is not None:
         query, key, value = query.to(cast), key.to(cast), value.to(cast)
     impl = resolve("attention", backend, query, D=query.shape[-1], Dv=value.shape[-1])
@@ -71,7 +72,7 @@ def _check(
         raise ValueError(f"{shapes}: each must be (B, H, T, D)")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{shapes} do not fit together")
-    if q.shape[1] != k.shape[1] and (not enable_gqa or q.shape[1] % max(k.shape[1], 1)):
+    if q.shape[1] != k.shape[1] and (not enable_gqa or not k.shape[1] or q.shape[1] % k.shape[1]):
         raise ValueError(f"{shapes}: {q.shape[1]} query heads for {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} or devices differ")
@@ -80,7 +81,7 @@ def _check(
 
 
 def _last_dim_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 and not t.is_neg() else readable(t)
 
 
 class AttentionFunction(torch.autograd.Function):

@@ -28,7 +28,7 @@ def forward(
     B, H, Tq, D = q.shape
     Hkv, Tk, Dv = v.shape[1:]
     dtype, extension, n_threads = q.dtype, load(), _threads(B * H * Tq * Tk * D)
-    out = torch.empty((B, Tq, H, Dv), dtype=dtype)
+    out = torch.empty_strided((B, H, Tq, Dv), (Tq * H * Dv, Dv, H * Dv, 1), dtype=dtype)
     lse = torch.empty((B, H, Tq), dtype=ACC[dtype])
     scratch = torch.empty(
         n_threads * extension.attention_forward_scratch(Tq, D, Dv), dtype=ACC[dtype]
@@ -58,7 +58,7 @@ def forward(
         DTYPE[dtype],
         n_threads,
     )
-    return out.transpose(1, 2), lse
+    return out, lse
 
 
 def backward(

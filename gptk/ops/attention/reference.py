@@ -25,8 +25,8 @@ def attention(
     window: int | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, Vaswani et al. 2017, https://arxiv.org/abs/1706.03762."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
+    groups = query.shape[1] // max(key.shape[1], 1)
+    key, value = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (key, value))
     seen = keep(query.shape[2], key.shape[2], causal, window, query.device)
     # a non-finite key or value is set to 0 and then reaches the rows that see it, no others
     bad_key, bad_value = ~key.isfinite().all(-1), ~value.isfinite()

@@ -208,7 +208,8 @@ def forward(
     """(out (B, H, Tq, Dv), lse (B, H, Tq)) of q (B, H, Tq, D), k (B, Hkv, Tk, D), v; D <= 256."""
     B, H, Tq, D = q.shape
     Tk, DV = v.shape[2:]
-    out = torch.empty((B, Tq, H, DV), dtype=q.dtype, device=q.device).transpose(1, 2)
+    strides = (Tq * H * DV, DV, H * DV, 1)
+    out = torch.empty_strided((B, H, Tq, DV), strides, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
     block_q, block_k, num_warps, num_stages = launch_config(
         max(D, DV), q.element_size(), dropout_p > 0.0

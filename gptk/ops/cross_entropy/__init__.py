@@ -12,7 +12,9 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    readable,
     resolve,
+    transformed,
 )
 
 
@@ -32,24 +34,32 @@ def cross_entropy(
 
     Args:
         input: (N, V) logits; other shapes, class weights and probability targets run on torch only.
-        target: (N,) int64 class ids, or ignore_index.
+        target: (N,) class ids of any integer dtype, or ignore_index.
         reduction: "none", "mean" (over the targets that count; nan if none does) or "sum".
         label_smoothing: s in [0, 1].
         backend: auto, torch, triton or cpp.
 
-    Returns: as torch.nn.functional.cross_entropy, in the input's dtype (float32 under autocast).
-    Raises: IndexError for a target outside [0, V) on the CPU (on a GPU that row's loss is NaN).
+    Returns: as torch.nn.functional.cross_entropy, in the input's dtype (under autocast float32
+        for 16-bit logits).
+    Raises: ValueError for shapes, dtypes or devices that do not fit. IndexError for a target
+        outside [0, V) on the CPU; on a GPU, under torch.compile or vmap that row's loss is NaN
+        (backend torch: what torch.nn.functional.cross_entropy does).
     Numerics: log-sum-exp and gradient in float32 (float64 for float64).
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce, False)
     check_reduction(reduction, label_smoothing)
-    if autocast_dtype(input.device.type) is not None:
+    if autocast_dtype(input) is not None:
         input = input.float()
+    for name, other in (("target", target), ("weight", weight)):
+        if other is not None and other.device != input.device:
+            raise ValueError(f"{name} is on {other.device}, input on {input.device}")
+    if target.dtype != torch.int64 and not target.is_floating_point():
+        target = as_class_ids(target)
     plain = weight is None and input.dim() == 2 and not target.is_floating_point()
     impl = resolve("cross_entropy", backend, input, plain=plain)
     if plain:
-        check_targets(target, input.shape[0], input.shape[1], ignore_index)
+        check_targets(target, input.shape[:1], input.shape[1], ignore_index)
     if is_reference(impl) or not plain or input.numel() == 0:
         from gptk.ops.cross_entropy.reference import cross_entropy as definition
 
@@ -66,11 +76,27 @@ def check_reduction(reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1]")
 
 
-def check_targets(target: Tensor, N: int, V: int, ignore_index: int) -> None:
-    """Raise unless target is (N,) class ids in [0, V) or ignore_index; ids on the CPU only."""
-    if tuple(target.shape) != (N,):
-        raise ValueError(f"target {tuple(target.shape)} for {N} rows of logits")
-    if target.device.type == "cpu" and N:
+def as_class_ids(target: Tensor) -> Tensor:
+    """The targets in int64; ValueError unless their dtype is an integer one."""
+    dtype = target.dtype
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        raise ValueError(f"target is {dtype}, class ids are integers")
+    return target.to(torch.int64)
+
+
+def check_targets(target: Tensor, rows: torch.Size, V: int, ignore_index: int) -> None:
+    """Raise unless there is one target for each of the rows, an id in [0, V) or ignore_index.
+
+    Ids are read on the CPU only, and not where a program is traced.
+    """
+    if target.shape != rows:
+        raise ValueError(f"target {tuple(target.shape)} for rows of logits {tuple(rows)}")
+    if not target.is_cpu or torch.compiler.is_compiling() or transformed():
+        return
+    if target.numel():
+        low, high = (bound.item() for bound in target.aminmax())
+        if low >= 0 and high < V:
+            return
         bad = ((target < 0) | (target >= V)) & (target != ignore_index)
         if bad.any():
             raise IndexError(f"target {target[bad][0].item()} is outside [0, {V})")
@@ -93,8 +119,9 @@ class CrossEntropyFunction(torch.autograd.Function):
     def forward(
         ctx: Any, impl: ModuleType, input: Tensor, target: Tensor, ignore_index: int, smooth: float
     ) -> Tensor:
-        logits = input if input.stride(-1) == 1 else input.contiguous()
-        target = target.to(torch.int64).contiguous()
+        dense = input.stride(-1) == 1 and not input.is_neg()
+        logits = input if dense else readable(input)
+        target = readable(target)
         loss, lse = impl.forward(logits, target, ignore_index, smooth)
         ctx.save_for_backward(logits, target, lse)
         ctx.impl, ctx.options = impl, (ignore_index, smooth)
@@ -104,5 +131,5 @@ class CrossEntropyFunction(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        dlogits = ctx.impl.backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
+        dlogits = ctx.impl.backward(readable(dloss), *ctx.saved_tensors, *ctx.options)
         return None, dlogits, None, None, None

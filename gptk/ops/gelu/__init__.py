@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import is_reference, once_differentiable, outside_autocast, resolve
+from gptk.ops.contract import (
+    is_reference,
+    once_differentiable,
+    outside_autocast,
+    readable,
+    resolve,
+)
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -38,7 +44,7 @@ class GeluFunction(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def forward(ctx: Any, impl: ModuleType, input: Tensor, approximate: str) -> Tensor:
-        x = input.contiguous()
+        x = readable(input)
         ctx.save_for_backward(x)
         ctx.impl, ctx.approximate = impl, approximate
         return impl.forward(x, approximate)
@@ -48,4 +54,4 @@ class GeluFunction(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return None, ctx.impl.backward(dy.contiguous(), x, ctx.approximate), None
+        return None, ctx.impl.backward(readable(dy), x, ctx.approximate), None

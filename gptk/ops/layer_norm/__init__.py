@@ -13,6 +13,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    readable,
     resolve,
 )
 from gptk.random import Seed, check_probability, draw_seed
@@ -39,7 +40,8 @@ def layer_norm(
         eps: added to the variance, inside the root.
         residual: the input's shape; without it h = input.
         dropout_p: probability of dropping an element of input; needs residual.
-        seed: of the mask (row: leading dimensions flattened); None draws one.
+        seed: of the mask (row: leading dimensions flattened, column: the normalised ones); None
+            draws one.
         backend: auto, torch, triton or cpp.
 
     Returns:
@@ -55,7 +57,7 @@ def layer_norm(
     """
     shape = tuple(normalized_shape)
     _check(input, shape, weight, bias, residual, dropout_p)
-    if autocast_dtype("cuda") is not None and input.device.type == "cuda":
+    if autocast_dtype(input) is not None and input.device.type == "cuda":
         input = input.float()  # torch's autocast policy on CUDA
     if dropout_p and seed is None:
         seed = draw_seed()
@@ -98,7 +100,11 @@ def _check(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Saves h (or the input), weight, mean and rstd, whatever the backend."""
+    """Saves h (or the input), weight, mean and rstd, whatever the backend.
+
+    The outputs are no views, or torch would refuse to change them in place. h is saved as it is
+    returned: one tensor, so that changing it before backward is the error that it should be.
+    """
 
     @staticmethod
     @outside_autocast
@@ -114,37 +120,44 @@ class LayerNormFunction(torch.autograd.Function):
         dropout_p: float,
         seed: Seed,
     ) -> Any:
-        x = input.reshape(-1, N).contiguous()
-        r = None if residual is None else residual.reshape(-1, N).contiguous()
-        w = None if weight is None else weight.reshape(N).contiguous()
-        b = None if bias is None else bias.reshape(N).contiguous()
+        x = readable(input.reshape(-1, N))
+        r = None if residual is None else readable(residual.reshape(-1, N))
+        w = None if weight is None else readable(weight.reshape(N))
+        b = None if bias is None else readable(bias.reshape(N))
         y, h, mean, rstd = impl.forward(x, w, b, eps, r, dropout_p, seed)
+        if b is not None and b.dtype.itemsize > (y if w is None else w).dtype.itemsize:
+            # both gradients come in the saved weight's dtype: the wider of the two
+            w = y.new_ones(N, dtype=b.dtype) if w is None else w.to(b.dtype)
+        shape = input.shape
+        y.resize_(*shape)
+        if h is not None:
+            h.resize_(*shape)
         ctx.save_for_backward(x if h is None else h, w, mean, rstd)
-        ctx.impl, ctx.dropout_p, ctx.seed = impl, dropout_p, seed
+        ctx.impl, ctx.dropout_p, ctx.seed, ctx.shape = impl, dropout_p, seed, shape
         ctx.dtypes = (input.dtype, None if residual is None else residual.dtype)
-        ctx.weight_shape = weight.shape if weight is not None else None
+        ctx.weight = None if weight is None else (weight.shape, weight.dtype)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.set_materialize_grads(False)
-        y = y.view(input.shape)
-        return y if h is None else (y, h.view(input.shape))
+        return y if h is None else (y, h)
 
     @staticmethod
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
-        h, weight, mean, rstd = ctx.saved_tensors
-        shape = dy.shape if dy is not None else dh.shape if dh is not None else None
-        if shape is None:
+        if dy is None and dh is None:
             return (None,) * 9
-        dy = torch.zeros_like(h) if dy is None else dy.reshape(h.shape).contiguous()
-        dh = None if dh is None else dh.reshape(h.shape).contiguous()
-        need = ctx.needs_input_grad
-        needs = (need[1], need[6], need[3], need[4])
+        h, weight, mean, rstd = ctx.saved_tensors
+        shape, need, used = ctx.shape, ctx.needs_input_grad, dy is not None
+        h = h.view(mean.shape[0], -1)
+        dy = torch.zeros_like(h) if dy is None else readable(dy)
+        dh = None if dh is None else readable(dh)
+        needs = (need[1], need[6], used and need[3], used and need[4])
         dx, dr, dw, db = ctx.impl.backward(
             dy, dh, h, weight, mean, rstd, *ctx.dtypes, ctx.dropout_p, ctx.seed, needs
         )
-        dx = None if dx is None else dx.view(shape)
-        dr = None if dr is None else dr.view(shape)
-        dw = None if dw is None else dw.view(ctx.weight_shape)
+        same = dx is dr  # then one view for both: of two, each leaf would keep one as its gradient
+        dx = None if dx is None else dx.view(*shape)
+        dr = dx if same else None if dr is None else dr.view(*shape)
+        dw = None if dw is None else dw.view(ctx.weight[0]).to(ctx.weight[1])
         db = None if db is None else db.view(ctx.bias[0]).to(ctx.bias[1])
         return None, dx, None, dw, db, None, dr, None, None

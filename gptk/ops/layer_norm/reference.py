@@ -18,7 +18,10 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Ba et al. 2016, https://arxiv.org/abs/1607.06450; a residual is added first and returned."""
     if residual is not None:
-        input = residual + dropout(input, dropout_p, seed)
+        if dropout_p:  # a row of the mask: the normalised dimensions
+            rows = input.flatten(-len(normalized_shape))
+            input = dropout(rows, dropout_p, seed).reshape(input.shape)
+        input = residual + input
     if input.dtype.itemsize == 2:  # torch would sum 16-bit weight gradients in 16 bits
         weight, bias = (None if p is None else p.float() for p in (weight, bias))
         y = F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)

@@ -11,6 +11,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    readable,
     resolve,
 )
 
@@ -32,13 +33,13 @@ def linear(
         activation: None, "gelu" (erf) or "gelu_tanh".
         backend: auto, torch, triton or cpp.
 
-    Returns: (..., N) in the compute dtype (autocast's when it is on).
+    Returns: (..., N) in the compute dtype (autocast's when it is on; it leaves float64 alone).
     Raises: ValueError for shapes or dtypes that do not fit. Unsupported: the named backend cannot.
     Numerics: weight and bias gradients leave float32 accumulators in the parameter's own dtype.
     """
     check_activation(activation)
     check_product("weight", input, weight, bias)
-    cast = autocast_dtype(input.device.type)
+    cast = autocast_dtype(input)
     impl = resolve("linear", backend, input, cast)
     if is_reference(impl) or input.numel() == 0 or weight.numel() == 0:
         from gptk.ops.linear.reference import linear as definition
@@ -53,10 +54,18 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation={activation!r}; allowed: None, 'gelu', 'gelu_tanh'")
 
 
-def check_product(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError unless input (..., K), weight (N, K) and bias (N,) fit together."""
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+def check_product(
+    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, columns: int | None = None
+) -> None:
+    """Raise ValueError unless input (..., K), weight (N, K) and bias (N,) fit together.
+
+    `columns` stands for K where another product lies between the input and this weight.
+    """
+    if input.dim() == 0 or weight.dim() != 2:
         raise ValueError(f"{name} {tuple(weight.shape)} for input {tuple(input.shape)}")
+    if weight.shape[1] != (input.shape[-1] if columns is None else columns):
+        between = "" if columns is None else f" and {columns} columns between"
+        raise ValueError(f"{name} {tuple(weight.shape)} for input {tuple(input.shape)}{between}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias {tuple(bias.shape)} for {name} {tuple(weight.shape)}")
     for other in (weight, bias):
@@ -64,7 +73,9 @@ def check_product(name: str, input: Tensor, weight: Tensor, bias: Tensor | None)
             continue
         if other.device != input.device:
             raise ValueError(f"{name} or bias on {other.device}, input on {input.device}")
-        if other.dtype != input.dtype and autocast_dtype(input.device.type) is None:
+        if other.dtype == input.dtype:
+            continue
+        if autocast_dtype(input) is None or other.dtype == torch.float64:
             raise ValueError(f"{name} or bias is {other.dtype}, input is {input.dtype}")
 
 
@@ -82,23 +93,25 @@ class LinearFunction(torch.autograd.Function):
         activation: str | None,
         cast: torch.dtype | None,
     ) -> Tensor:
-        dtype = cast or input.dtype
-        x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
-        w = weight.to(dtype).contiguous()
-        b = None if bias is None else bias.to(dtype).contiguous()
+        dtype, shape = cast or input.dtype, input.shape
+        x = readable(input if len(shape) == 2 else input.reshape(-1, shape[-1]), dtype)
+        w = readable(weight, dtype)
+        b = None if bias is None else readable(bias, dtype)
         y, pre = impl.forward(x, w, b, activation)
         ctx.save_for_backward(x, w, pre)
-        ctx.impl, ctx.activation, ctx.input = impl, activation, (input.shape, input.dtype)
+        ctx.impl, ctx.activation, ctx.input = impl, activation, (shape, input.dtype)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return y.view(*input.shape[:-1], weight.shape[0])
+        if len(shape) != 2:  # not by a view: torch would refuse to change the output in place
+            y.resize_(*shape[:-1], w.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, w, pre = ctx.saved_tensors
-        dy = dy.reshape(-1, w.shape[0]).contiguous()
+        dy = readable(dy if dy.dim() == 2 else dy.reshape(-1, w.shape[0]))
         needs = ctx.needs_input_grad[1:4]
         dx, dw, db = ctx.impl.backward(dy, x, w, pre, ctx.activation, *ctx.dtypes, needs)
         shape, dtype = ctx.input
-        return None, None if dx is None else dx.view(shape).to(dtype), dw, db, None, None
+        return None, None if dx is None else dx.view(*shape).to(dtype), dw, db, None, None

@@ -11,9 +11,10 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    readable,
     resolve,
 )
-from gptk.ops.cross_entropy import check_reduction, check_targets, reduce_rows
+from gptk.ops.cross_entropy import as_class_ids, check_reduction, check_targets, reduce_rows
 from gptk.ops.linear import check_product
 
 
@@ -31,23 +32,29 @@ def linear_cross_entropy(
     """cross_entropy(input @ linear_weight.T + linear_bias, target), logits never held as a whole.
 
     Args:
-        input: (..., C); linear_weight: (V, C); target: (...) int64; linear_bias: (V,) or None.
+        input: (..., C); linear_weight: (V, C); linear_bias: (V,) or None.
+        target: (...) class ids of any integer dtype, or ignore_index.
         reduction, ignore_index (None: -100), label_smoothing: as in cross_entropy.
         backend: auto, torch, triton or cpp.
 
-    Returns: the loss, in the input's dtype (float32 under autocast).
+    Returns: the loss, in the input's dtype (under autocast float32, except for float64).
+    Raises: as cross_entropy.
     Memory: one chunk of logits at a time; extra memory does not grow with N * V.
     """
     check_reduction(reduction, label_smoothing)
     check_product("linear_weight", input, linear_weight, linear_bias)
     ignore = -100 if ignore_index is None else ignore_index
-    cast = autocast_dtype(input.device.type)
+    cast = autocast_dtype(input)
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, input on {input.device}")
+    if target.dtype != torch.int64:
+        target = as_class_ids(target)
+    check_targets(target, input.shape[:-1], linear_weight.shape[0], ignore)
     rows = input.reshape(-1, input.shape[-1])
     flat = target.reshape(-1)
-    check_targets(flat, rows.shape[0], linear_weight.shape[0], ignore)
     impl = resolve("linear_cross_entropy", backend, input, cast)
     options = (ignore, label_smoothing)
-    if is_reference(impl) or input.numel() == 0:
+    if is_reference(impl) or input.numel() == 0 or linear_weight.numel() == 0:
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
         loss = definition(rows, linear_weight, flat, linear_bias, *options)
@@ -77,9 +84,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         cast: torch.dtype | None,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w = input.to(dtype).contiguous(), weight.to(dtype).contiguous()
-        b = None if bias is None else bias.to(dtype).contiguous()
-        target = target.to(torch.int64).contiguous()
+        x, w = readable(input, dtype), readable(weight, dtype)
+        b = None if bias is None else readable(bias, dtype)
+        target = readable(target)
         loss, lse = impl.forward(x, w, b, target, ignore_index, label_smoothing)
         ctx.save_for_backward(x, w, b, target, lse)
         ctx.impl, ctx.options = impl, (ignore_index, label_smoothing)
@@ -93,7 +100,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> Any:
         needs = ctx.needs_input_grad[1:4]
         dx, dw, db = ctx.impl.backward(
-            dloss.contiguous(), *ctx.saved_tensors, *ctx.options, *ctx.dtypes, needs
+            readable(dloss), *ctx.saved_tensors, *ctx.options, *ctx.dtypes, needs
         )
         dx = None if dx is None else dx.to(ctx.input_dtype)
         return None, dx, dw, db, None, None, None, None

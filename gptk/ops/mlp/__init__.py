@@ -11,6 +11,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    readable,
     resolve,
 )
 from gptk.ops.linear import check_activation, check_product
@@ -34,14 +35,14 @@ def mlp(
         activation: "gelu_tanh" (GPT-2's), "gelu" (erf) or None.
         backend: auto, torch, triton or cpp.
 
-    Returns: (..., N) in the compute dtype (autocast's when it is on).
+    Returns: (..., N) in the compute dtype (autocast's when it is on; it leaves float64 alone).
     Raises: ValueError for shapes or dtypes that do not fit. Unsupported: the named backend cannot.
     Memory: saves the activation's argument only; backward recomputes the activation.
     """
     check_activation(activation)
     check_product("fc_weight", input, fc_weight, fc_bias)
-    check_product("proj_weight", fc_weight.new_empty(0, fc_weight.shape[0]), proj_weight, proj_bias)
-    cast = autocast_dtype(input.device.type)
+    check_product("proj_weight", input, proj_weight, proj_bias, fc_weight.shape[0])
+    cast = autocast_dtype(input)
     impl = resolve("mlp", backend, input, cast)
     if is_reference(impl) or 0 in (input.numel(), fc_weight.numel(), proj_weight.numel()):
         from gptk.ops.mlp.reference import mlp as definition
@@ -59,22 +60,24 @@ class MlpFunction(torch.autograd.Function):
     @outside_autocast
     def forward(ctx: Any, impl: ModuleType, input: Tensor, *rest: Any) -> Tensor:
         *parameters, activation, cast = rest
-        dtype = cast or input.dtype
-        x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
-        w1, b1, w2, b2 = (p if p is None else p.to(dtype).contiguous() for p in parameters)
+        dtype, shape = cast or input.dtype, input.shape
+        x = readable(input if len(shape) == 2 else input.reshape(-1, shape[-1]), dtype)
+        w1, b1, w2, b2 = (p if p is None else readable(p, dtype) for p in parameters)
         y, pre = impl.forward(x, w1, b1, w2, b2, activation)
         ctx.save_for_backward(x, pre, w1, w2)
-        ctx.impl, ctx.activation, ctx.input = impl, activation, (input.shape, input.dtype)
+        ctx.impl, ctx.activation, ctx.input = impl, activation, (shape, input.dtype)
         ctx.dtypes = tuple(None if p is None else p.dtype for p in parameters)
-        return y.view(*input.shape[:-1], y.shape[-1])
+        if len(shape) != 2:  # not by a view: torch would refuse to change the output in place
+            y.resize_(*shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, pre, w1, w2 = ctx.saved_tensors
-        dy = dy.reshape(-1, w2.shape[0]).contiguous()
+        dy = readable(dy if dy.dim() == 2 else dy.reshape(-1, w2.shape[0]))
         needs = ctx.needs_input_grad[1:6]
         dx, *grads = ctx.impl.backward(dy, x, pre, w1, w2, ctx.activation, ctx.dtypes, needs)
         shape, dtype = ctx.input
-        return None, None if dx is None else dx.view(shape).to(dtype), *grads, None, None
+        return None, None if dx is None else dx.view(*shape).to(dtype), *grads, None, None
