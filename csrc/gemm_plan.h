@@ -15,6 +15,7 @@ enum : int64_t {
   STRIPES = 24,         // row stripes that keep every core of a usual machine busy
   WIDEST_PANEL = 32,
   ROW_STEP = 24,  // a multiple of every kernel's rows: 4, 6, 8
+  NARROW = 4,     // rows of a below which packing b would cost more than the product
   PADDING = 16,   // elements after each row of a packed a: rows fall into different cache sets
 };
 
@@ -44,8 +45,11 @@ static inline int64_t packed_a(int64_t M, int64_t K) {
 static inline int64_t sums(int64_t M, int64_t N, int64_t K) {
   return depth(K) < K ? M * columns(N) : 0;
 }
+// A few rows of a against all of b, once: b is read where it lies, a is kept as acc.
+static inline int64_t narrow_a(int64_t M, int64_t K) { return M <= NARROW ? M * K : 0; }
+
 static inline int64_t gemm_scratch(int64_t M, int64_t N, int64_t K, int64_t threads) {
-  return sums(M, N, K) + packed_b(N, K) + threads * packed_a(M, K);
+  return narrow_a(M, K) + sums(M, N, K) + packed_b(N, K) + threads * packed_a(M, K);
 }
 
 }  // namespace gemm_plan

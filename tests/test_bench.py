@@ -123,9 +123,7 @@ def test_a_run_is_stored_shown_compared_and_drawn(tmp_path, monkeypatch, capsys)
     assert {f.name for f in (tmp_path / "p").iterdir()} == {"bars.png", "roofline.png"}
 
 
-@pytest.mark.parametrize(
-    "argv", [["relu"], ["--show=missing.json"], ["gelu", "--case=nothing"]]
-)
+@pytest.mark.parametrize("argv", [["relu"], ["--show=missing.json"], ["gelu", "--case=nothing"]])
 def test_wrong_arguments_are_one_sentence(argv):
     with pytest.raises(UsageError):
         main(argv)

@@ -119,10 +119,82 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
   }
 }
 
+// --- few rows ------------------------------------------------------------------------------
+// Decoding: as fast as b can be read. b's columns are adjacent along k (a weight of nn.Linear).
+
+// dot[m][c] = sum_k a[m, k] b[k, c] for C columns.
+template <int M, int C, typename TB, typename A>
+void dot_products(const A* a, int64_t K, const TB* b, int64_t b_n, A* dot, int64_t dot_m) {
+  constexpr int W = Lanes<A>::value;
+  Vec<A> sum[M][C];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) sum[m][c] = zero<A>();
+  const auto step = [&](int64_t k, auto lanes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const Vec<A> column = load(b + c * b_n + k, lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sum[m][c] = fma(load(a + m * K + k, lanes), column, sum[m][c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + W <= K; k += W) step(k, All());
+  if (k < K) step(k, static_cast<int>(K - k));
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) dot[m * dot_m + c] = hsum(sum[m][c]);
+}
+
+template <int M, typename TA, typename TB, typename A> void narrow_product(const Args& a) {
+  constexpr int64_t COLUMNS = 2 * Lanes<A>::value;
+  A* rows = static_cast<A*>(a.scratch);
+  for (int m = 0; m < M; m++) {
+    const TA* from = static_cast<const TA*>(a.a) + m * a.a_m;
+    for (int64_t k = 0; k < a.K; k++) rows[m * a.K + k] = static_cast<A>(to_acc(from[k]));
+  }
+  const int threads = a.N * a.K < (1 << 16) ? 1 : a.threads;
+  parallel_rows(ceil_div(a.N, COLUMNS), threads, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * COLUMNS; n < smaller(last * COLUMNS, a.N); n += COLUMNS) {
+      const int64_t width = smaller(COLUMNS, a.N - n);
+      A tile[M * COLUMNS], bias_scratch[COLUMNS];
+      const TB* b = static_cast<const TB*>(a.b) + n * a.b_n;
+      int64_t c = 0;
+      for (; c + 2 <= width; c += 2)
+        dot_products<M, 2>(rows, a.K, b + c * a.b_n, a.b_n, tile + c, COLUMNS);
+      if (c < width) dot_products<M, 1>(rows, a.K, b + c * a.b_n, a.b_n, tile + c, COLUMNS);
+      const A* bias = a.bias ? read_block(a.bias, a.bias_dtype, n, width, bias_scratch) : nullptr;
+      for (int m = 0; m < M; m++) {
+        if (a.add) {
+          const A* before = static_cast<const A*>(a.c) + m * a.N + n;
+          for (int64_t i = 0; i < width; i++) tile[m * COLUMNS + i] += before[i];
+        }
+        finish<A>(a, m, n, width, bias, tile + m * COLUMNS);
+      }
+    }
+  });
+}
+
+template <typename TA, typename TB, typename A> void narrow_product(const Args& a) {
+  switch (a.M) {
+  case 1:
+    return narrow_product<1, TA, TB, A>(a);
+  case 2:
+    return narrow_product<2, TA, TB, A>(a);
+  case 3:
+    return narrow_product<3, TA, TB, A>(a);
+  default:
+    return narrow_product<4, TA, TB, A>(a);
+  }
+}
+
+// --- the product ---------------------------------------------------------------------------
+
 template <typename E, typename TA, typename TB, typename A = typename ElementOf<E>::acc>
 void product(const Args& a) {
   constexpr int PANEL = 2 * Lanes<A>::value;
   if (a.M == 0 || a.N == 0) return;
+  if (a.M <= NARROW && a.a_k == 1 && a.b_k == 1) return narrow_product<TA, TB, A>(a);
   const TA* source_a = static_cast<const TA*>(a.a);
   const TB* source_b = static_cast<const TB*>(a.b);
   const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
