@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptk.block import OPS, BlockFunction, Plan
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
+from gptk.ops.contract import autocast_dtype, kernels_of
 from gptk.random import Seed, check_probability, derive_seed, draw_seed
 
 
@@ -51,13 +54,47 @@ class Block(nn.Module):
         self, branch: Tensor | None, x: Tensor, seed: Seed, layer: int, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
+        seeds = tuple(derive_seed(seed, layer, site) for site in range(3))
+        kernels = self._kernels(x) if cache is None else None
+        if kernels is not None:
+            return self._fused(kernels, branch, x, seeds)
         if branch is None:
             y = self.ln_1(x)
         else:
-            y, x = self.ln_1(branch, x, derive_seed(seed, layer, 0))
-        branch = self.attn(y, derive_seed(seed, layer, 1), cache, layer)
-        y, x = self.ln_2(branch, x, derive_seed(seed, layer, 2))
+            y, x = self.ln_1(branch, x, seeds[0])
+        branch = self.attn(y, seeds[1], cache, layer)
+        y, x = self.ln_2(branch, x, seeds[2])
         return self.mlp(y), x
+
+    def _kernels(self, x: Tensor) -> tuple[ModuleType, ...] | None:
+        """The kernels of the whole block, if one backend has them all and nobody looks inside."""
+        parts = (self.ln_1, self.attn, self.ln_2, self.mlp, self.attn.c_attn, self.attn.c_proj,
+                 self.mlp.c_fc, self.mlp.c_proj)  # fmt: skip
+        if tuple(type(part) for part in parts) != BLOCK_PARTS or any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+            or part._backward_pre_hooks for part in parts
+        ):  # fmt: skip
+            return None
+        backends = {part.backend for part in parts[:4]}
+        if len(backends) > 1 or x.numel() == 0 or torch.compiler.is_compiling():
+            return None
+        return kernels_of(
+            OPS, backends.pop(), x.device.type, autocast_dtype(x.device.type) or x.dtype
+        )
+
+    def _fused(
+        self, kernels: tuple[ModuleType, ...], branch: Tensor | None, x: Tensor, seeds: Any
+    ) -> Any:
+        attn, mlp = self.attn, self.mlp
+        p = attn.dropout if self.training else 0.0
+        plan = Plan(kernels, attn.n_head, p, seeds, (self.ln_1.eps, self.ln_2.eps), mlp.activation,
+                    autocast_dtype(x.device.type))  # fmt: skip
+        layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
+        parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
+        return BlockFunction.apply(plan, branch, x, *parameters)
+
+
+BLOCK_PARTS = (LayerNorm, CausalSelfAttention, LayerNorm, MLP, *(nn.Linear,) * 4)
 
 
 class GPT(nn.Module):

@@ -149,6 +149,27 @@ def _resolve(
     return found
 
 
+def kernels_of(
+    ops: tuple[str, ...], backend: str | None, device: str, dtype: torch.dtype
+) -> tuple[ModuleType, ...] | None:
+    """The modules of one kernel backend for all of `ops`, or None (torch is no kernel backend).
+
+    `auto` means the first backend of the order of preference, whatever the size: crossover sizes
+    are of single calls, with what a call costs.
+    """
+    name = backend if backend is not None else _default.get()
+    key = (ops, name, device, dtype)
+    if key not in _kernels:
+        if check_backend(name) == "auto":
+            name = PREFERENCE.get(device, ("torch",))[0]
+        able = name != "torch" and not any(why_not(op, name, device, dtype) for op in ops)
+        _kernels[key] = tuple(_module(ROWS[op, name].module) for op in ops) if able else None
+    return _kernels[key]
+
+
+_kernels: dict[tuple[Any, ...], tuple[ModuleType, ...] | None] = {}
+
+
 def _refusal(
     op: str, backend: str, device: str, dtype: torch.dtype, traits: dict[str, object]
 ) -> str:

@@ -1,0 +1,66 @@
+"""GPT-2 in plain PyTorch, as one would write it today: the whole-step baseline.
+
+Fused AdamW, scaled_dot_product_attention, F.cross_entropy over materialised logits. It computes the
+function of gptk.GPT with equal sizes, dropout sites included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptk.model import GPTConfig
+
+
+class Block(nn.Module):
+    """x += dropout(attn(ln_1(x))); x += dropout(mlp(ln_2(x)))."""
+
+    def __init__(self, c: GPTConfig) -> None:
+        super().__init__()
+        C = c.n_embd
+        self.n_head, self.p = c.n_head, c.dropout
+        self.ln_1, self.ln_2 = (nn.LayerNorm(C, bias=c.bias) for _ in range(2))
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=c.bias), nn.Linear(C, C, bias=c.bias)
+        self.fc, self.proj = nn.Linear(C, 4 * C, bias=c.bias), nn.Linear(4 * C, C, bias=c.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        p = self.p if self.training else 0.0
+        qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        x = x + F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
+        hidden = F.gelu(self.fc(self.ln_2(x)), approximate="tanh")
+        return x + F.dropout(self.proj(hidden), p)
+
+
+class GPT(nn.Module):
+    """model(idx, targets) -> mean loss."""
+
+    def __init__(self, c: GPTConfig) -> None:
+        super().__init__()
+        self.p = c.dropout
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
+        for p in self.parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
+        x = F.dropout(x, self.p) if self.training and self.p else x
+        for block in self.h:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """PyTorch's fused AdamW with decay on matrices only."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)

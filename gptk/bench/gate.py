@@ -1,0 +1,91 @@
+"""Is the answer right? Only then is its speed of interest.
+
+A provider's outputs and gradients are compared with the op's reference in float64 on the same
+inputs. Bound: 2 (outputs) or 3 (gradients) times the error of PyTorch's own op in the same dtype,
+plus the dtype's rounding noise. The error ratio that the table shows is the largest of the
+provider's errors over PyTorch's.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptk.bench.providers import PYTORCH, TORCH
+
+OUTPUT, GRADIENT = 2.0, 3.0
+
+
+class Verdict(NamedTuple):
+    """passed; ratio: the largest error in units of PyTorch's (NaN where PyTorch makes none)."""
+
+    passed: bool
+    ratio: float
+
+
+def leaves(op: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    """The differentiable tensors of a case, as leaves that require gradients."""
+    names = importlib.import_module(f"gptk.ops.{op}.cases").DIFFERENTIABLE
+    return {
+        n: values[n].detach().clone().requires_grad_()
+        for n in names
+        if isinstance(values.get(n), Tensor)
+    }
+
+
+def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of the outputs: different for each element, exact in 8 bits."""
+    return [
+        (((torch.arange(o.numel(), device=o.device) * 37 + 11) % 97 - 48) / 32)
+        .view(o.shape)
+        .to(o.dtype)
+        for o in outputs
+    ]
+
+
+def answer(op: str, function: Callable[..., Any], values: dict[str, Any]) -> list[Tensor]:
+    """Outputs, then gradients."""
+    inputs = leaves(op, values)
+    result = function(**{**values, **inputs})
+    outputs = result if isinstance(result, tuple) else (result,)
+    grads = torch.autograd.grad(outputs, list(inputs.values()), upstream(outputs))
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def judge(op: str, function: Callable[..., Any], values: dict[str, Any], name: str) -> Verdict:
+    """Compare a provider with float64."""
+    if values.get("dropout_p") and name in (PYTORCH, "compile"):
+        return Verdict(True, float("nan"))  # another mask: it is the yardstick, without dropout
+    definition = getattr(importlib.import_module("gptk.functional"), op)
+    wide = {k: v.double() if _is_float(v) else v for k, v in values.items()}
+    truth = answer(op, lambda **v: definition(**v, backend="torch"), wide)
+    found = answer(op, function, values)
+    plain = {**values, "dropout_p": 0.0} if "dropout_p" in values else values
+    exact = truth
+    if values.get("dropout_p"):
+        exact = answer(op, lambda **v: definition(**v, backend="torch"), {**wide, "dropout_p": 0.0})
+    own = answer(op, TORCH[op], plain)
+    outputs = len(truth) - len(leaves(op, values))
+    passed, ratio = True, 0.0
+    for i, (t, f, e, o) in enumerate(zip(truth, found, exact, own, strict=True)):
+        ours, theirs = _error(f, t), _error(o, e)
+        bound = (OUTPUT if i < outputs else GRADIENT) * theirs + _noise(t, f.dtype)
+        passed = passed and ours <= bound
+        ratio = max(ratio, ours / theirs if theirs else (1.0 if ours <= bound else float("inf")))
+    return Verdict(passed, ratio)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    difference = (value.double() - truth).abs()
+    return difference.nan_to_num(nan=float("inf")).max().item() if difference.numel() else 0.0
+
+
+def _noise(truth: Tensor, dtype: torch.dtype) -> float:
+    low = truth.to(dtype)
+    return 2.0 * ((low + 0.3) - 0.3 - low).abs().max().double().item() if low.numel() else 0.0

@@ -1,0 +1,135 @@
+"""A transformer block as one autograd node: the kernels of its ops called in a row.
+
+    h1 = x + dropout(branch)         y1 = layer_norm(h1)
+    q, k, v = linear(y1)             a = attention(q, k, v)          p = linear(a)
+    h2 = h1 + dropout(p)             y2 = layer_norm(h2)             out = mlp(y2)
+
+The values and gradients are those of the ops one by one, bit for bit: the same implementations get
+the same arguments. What is saved is what lies between them: six autograd nodes, their argument
+checks, views and casts, which cost more than the arithmetic in a small model.
+"""
+
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptk.ops.contract import once_differentiable, outside_autocast
+
+OPS = ("layer_norm", "linear", "attention", "mlp")
+
+
+class Plan(NamedTuple):
+    """What a block computes besides its tensors."""
+
+    kernels: tuple[ModuleType, ...]  # of OPS
+    n_head: int
+    dropout_p: float
+    seeds: tuple[Any, Any, Any]  # of the branch, the attention, the attention's projection
+    eps: tuple[float, float]
+    activation: str | None
+    cast: torch.dtype | None  # autocast's
+
+
+class BlockFunction(torch.autograd.Function):
+    """(branch or None, x) (B, T, C) each -> (mlp's output, h2)."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any, plan: Plan, branch: Tensor | None, x: Tensor, *parameters: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        norm, linear, attention, mlp = plan.kernels
+        B, T, C = x.shape
+        M, H, p = B * T, plan.n_head, plan.dropout_p
+        w1, b1, w_qkv, b_qkv, w_o, b_o, w2, b2, w_fc, b_fc, w_p, b_p = parameters
+        cast = [t if t is None or plan.cast is None else t.to(plan.cast) for t in parameters]
+        _, _, c_qkv, cb_qkv, c_o, cb_o, _, _, c_fc, cb_fc, c_p, cb_p = cast
+        x2 = x.reshape(M, C).contiguous()
+        if branch is None:
+            y1, _, mean1, rstd1 = norm.forward(x2, w1, b1, plan.eps[0], None, 0.0, 0)
+            h1 = x2
+        else:
+            branch2 = branch.reshape(M, C).contiguous()
+            y1, h1, mean1, rstd1 = norm.forward(branch2, w1, b1, plan.eps[0], x2, p, plan.seeds[0])
+        y1 = y1 if plan.cast is None else y1.to(plan.cast)
+        qkv, _ = linear.forward(y1, c_qkv, cb_qkv, None)
+        q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+        options = (True, 1.0 / math.sqrt(C // H), p, plan.seeds[1], None)
+        a, lse = attention.forward(q, k, v, *options)  # (B, H, T, D)
+        a2 = a.transpose(1, 2).reshape(M, C)
+        projected, _ = linear.forward(a2, c_o, cb_o, None)
+        y2, h2, mean2, rstd2 = norm.forward(projected, w2, b2, plan.eps[1], h1, p, plan.seeds[2])
+        y2 = y2 if plan.cast is None else y2.to(plan.cast)
+        out, pre = mlp.forward(y2, c_fc, cb_fc, c_p, cb_p, plan.activation)
+        view = torch.ops.aten._unsafe_view.default  # an alias that autograd does not call a view
+        h2 = view(h2, (B, T, C))
+        ctx.save_for_backward(
+            h1, mean1, rstd1, y1, qkv, a, lse, h2, mean2, rstd2, y2, pre,
+            w1, w2, c_qkv, c_o, c_fc, c_p,
+        )  # fmt: skip
+        ctx.plan, ctx.shape, ctx.options = plan, (B, T, C), options
+        ctx.dtypes = (
+            x.dtype, None if branch is None else branch.dtype, projected.dtype,
+            *(None if t is None else t.dtype for t in parameters),
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return view(out, (B, T, C)), h2
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dout: Tensor | None, dh2: Tensor | None) -> Any:
+        h1, mean1, rstd1, y1, qkv, a, lse, h2, mean2, rstd2, y2, pre, *weights = ctx.saved_tensors
+        w1, w2, c_qkv, c_o, c_fc, c_p = weights
+        plan, (B, T, C) = ctx.plan, ctx.shape
+        norm, linear, attention, mlp = plan.kernels
+        M, H, p = B * T, plan.n_head, plan.dropout_p
+        x_dtype, branch_dtype, projected_dtype, *dtypes = ctx.dtypes
+        needs = ctx.needs_input_grad
+        need = needs[3:]
+        dout = torch.zeros_like(y2) if dout is None else dout.reshape(M, C).contiguous()
+        h2 = h2.view(M, C)
+        dh2 = None if dh2 is None else dh2.reshape(M, C).contiguous()
+
+        dy2, dw_fc, db_fc, dw_p, db_p = mlp.backward(
+            dout, y2, pre, c_fc, c_p, plan.activation, dtypes[8:12], (True, *need[8:12])
+        )
+        dprojected, dh1, dw2, db2 = norm.backward(
+            dy2.to(h2.dtype), dh2, h2, w2, mean2, rstd2, projected_dtype, h1.dtype,
+            p, plan.seeds[2], (True, True, *need[6:8]),
+        )  # fmt: skip
+        da, dw_o, db_o = linear.backward(
+            dprojected, a.transpose(1, 2).reshape(M, C), c_o, None, None, *dtypes[4:6],
+            (True, *need[4:6]),
+        )  # fmt: skip
+        q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+        grads = attention.backward(
+            da.view(B, T, H, C // H).transpose(1, 2), q, k, v, a, lse, *ctx.options,
+            (True, True, True),
+        )  # fmt: skip
+        dqkv = torch.stack([g.transpose(1, 2) for g in grads], 2).view(M, 3 * C)
+        dy1, dw_qkv, db_qkv = linear.backward(
+            dqkv, y1, c_qkv, None, None, *dtypes[2:4], (True, *need[2:4])
+        )
+        dy1 = dy1.to(h1.dtype)
+        if branch_dtype is None:
+            dx, _, dw1, db1 = norm.backward(
+                dy1, None, h1, w1, mean1, rstd1, x_dtype, None, 0.0, 0, (needs[2], False, *need[:2])
+            )
+            dbranch = None
+            dx = None if dx is None else dx.add_(dh1)
+        else:
+            dbranch, dx, dw1, db1 = norm.backward(
+                dy1, dh1, h1, w1, mean1, rstd1, branch_dtype, x_dtype, p, plan.seeds[0],
+                (needs[1], needs[2], *need[:2]),
+            )  # fmt: skip
+        same = dbranch is dx  # then one object: autograd copies before it adds to either
+        dx = None if dx is None else dx.view(B, T, C)
+        dbranch = dx if same else None if dbranch is None else dbranch.view(B, T, C)
+        return (
+            None, dbranch, dx,
+            dw1, db1, dw_qkv, db_qkv, dw_o, db_o, dw2, db2, dw_fc, db_fc, dw_p, db_p,
+        )  # fmt: skip

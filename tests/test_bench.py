@@ -1,0 +1,129 @@
+"""The benchmark suite measures what it says: right answers only, in turns, with true numbers."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from gptk.bench import gate, measure, models, report
+from gptk.bench.main import main
+from gptk.bench.plugin import Replay
+from gptk.bench.providers import PYTORCH, TORCH, providers
+from gptk.flags import UsageError
+from gptk.ops import contract
+
+SMALL = {
+    "layer_norm": dict(shape=(3, 8), residual=True),
+    "attention": dict(B=1, H=2, Tq=5, Tk=5, D=4, causal=True),
+    "gelu": dict(shape=(3, 8), approximate="tanh"),
+    "linear": dict(shape=(3, 8), N=4),
+    "mlp": dict(shape=(3, 8)),
+    "cross_entropy": dict(N=4, V=7),
+    "linear_cross_entropy": dict(shape=(4, 6), V=7),
+}
+
+
+def values(op, dtype=torch.float32):
+    return importlib.import_module(f"gptk.ops.{op}.cases").inputs(**SMALL[op], dtype=dtype)
+
+
+@pytest.mark.parametrize("op", TORCH)
+def test_pytorch_and_every_backend_pass_the_gate_and_a_wrong_answer_does_not(op):
+    given = values(op)
+    for name, function in providers(op, "cpu", torch.float32, ["torch", "cpp"]).items():
+        verdict = gate.judge(op, function, given, name)
+        assert verdict.passed, name
+        if name == PYTORCH:
+            assert verdict.ratio == pytest.approx(1.0)
+
+    def doubled(**v):
+        result = TORCH[op](**v)
+        return tuple(2 * r for r in result) if isinstance(result, tuple) else 2 * result
+
+    assert not gate.judge(op, doubled, given, "doubled").passed
+
+
+def test_dropout_is_judged_by_the_masks_of_the_definition():
+    given = {**values("layer_norm"), "dropout_p": 0.5}
+    found = providers("layer_norm", "cpu", torch.float32, ["torch"])
+    assert gate.judge("layer_norm", found["gptk torch"], given, "gptk torch").passed
+    assert not gate.judge("layer_norm", TORCH["layer_norm"], given, "another mask").passed
+
+
+def test_providers_take_turns_and_rotate_their_inputs():
+    seen = []
+    calls = {
+        name: [lambda name=name, i=i: seen.append((name, i)) for i in range(3)] for name in "ab"
+    }
+    samples = measure.interleaved(calls)
+    assert {len(s) for s in samples.values()} == {measure.MOST_RUNS}
+    timed = seen[-2 * measure.MOST_RUNS :]
+    assert timed[:6] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+
+
+def test_the_replayed_clock_gives_back_the_samples():
+    clock = Replay()
+    assert clock() > 0
+    clock.samples = iter([0.25, 0.5])
+    assert [-clock() + clock() for _ in range(2)] == [0.25, 0.5]
+
+
+def test_peak_memory_counts_what_is_held_together():
+    def call():
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        return b + 1
+
+    assert measure.peak_memory(call) in range(8000, 8400)
+
+
+def test_baseline_computes_the_function_of_our_model(monkeypatch):
+    config = models.GPTConfig(8, 11, 2, 2, 8)
+    monkeypatch.setitem(models.SIZES, "small", models.Size(config, 3))
+    backends = ["torch"] + (["cpp"] if contract.availability("cpp") is None else [])
+    found = models.steps("small", [torch.float32, torch.bfloat16], backends)
+    plain = models.baseline.GPT(config)
+    ours = models.gptk.GPT(config, backend="torch")
+    with torch.no_grad():
+        for one, other in zip(_ordered(ours), plain.parameters(), strict=True):
+            other.copy_(one)
+    idx = torch.randint(11, (2, 9))
+    torch.testing.assert_close(plain(idx[:, :-1], idx[:, 1:]), ours(idx[:, :-1], idx[:, 1:]))
+    assert sum(p.numel() for p in plain.parameters()) == ours.num_params(non_embedding=False)
+    assert all(step() == pytest.approx(2.4, abs=0.4) for step in found.values())
+    assert models.flops("small") == ours.flops_per_token(8) * 24
+
+
+def _ordered(model):
+    yield from (model.wte.weight, model.wpe.weight)
+    for block in model.h:
+        for norm in (block.ln_1, block.ln_2):
+            yield from (norm.weight, norm.bias)
+        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            yield from (layer.weight, layer.bias)
+    yield from (model.ln_f.weight, model.ln_f.bias)
+
+
+def test_a_run_is_stored_shown_compared_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "LEAST_SECONDS", 0.01)
+    stored = tmp_path / "b.json"
+    assert main(["gelu", "--case", "nano", "--backend", "torch", f"--json={stored}"]) == 0
+    content = json.loads(stored.read_text())
+    assert content["machine_info"]["gptk"]["threads"] == torch.get_num_threads()
+    rows = report.rows_of(stored)
+    assert [r["provider"] for r in rows[:2]] == ["PyTorch", "gptk torch"]
+    assert all(r["n"] >= measure.LEAST_RUNS and 0 < r["share"] for r in rows)
+    capsys.readouterr()
+    assert main([f"--show={stored}", f"--compare={stored}", f"--plot={tmp_path / 'p'}"]) == 0
+    text = capsys.readouterr().out
+    assert "gptk torch" in text
+    assert "1.00x" in text
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {"bars.png", "roofline.png"}
+
+
+@pytest.mark.parametrize("argv", [["relu"], ["--show=missing.json"], ["gelu", "--case=nothing"]])
+def test_wrong_arguments_are_one_sentence(argv):
+    with pytest.raises(UsageError):
+        main(argv)

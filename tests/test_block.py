@@ -1,0 +1,139 @@
+"""The fused block: the bits of the ops one by one, and out of the way when someone looks inside."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import gptk
+from gptk import GPT, GPTConfig
+from gptk.block import BlockFunction
+from gptk.model import Block
+from gptk.ops import contract
+
+BACKENDS = ["cpp", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = contract.availability(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def tiny(backend, dropout=0.0, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    sizes = dict(block_size=9, vocab_size=17, n_layer=2, n_head=2, n_embd=12, dropout=dropout)
+    return GPT(GPTConfig(**{**sizes, **changes}), backend=backend).to(dtype)
+
+
+def one_by_one(monkeypatch):
+    monkeypatch.setattr(Block, "_kernels", lambda self, x: None)
+
+
+def run(model, autocast=False, seed=5):
+    idx = torch.arange(2 * 8).reshape(2, 8) % 17
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(idx[:, :-1], idx[:, 1:], seed=seed)
+    if loss.requires_grad:
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def equal(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        if one is None or other is None:
+            assert one is other
+        else:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bits_are_those_of_the_ops_one_by_one(backend, dropout, bias, autocast, monkeypatch):
+    model = tiny(backend, dropout, bias=bias)
+    fused = run(model, autocast)
+    one_by_one(monkeypatch)
+    equal(fused, run(model, autocast))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype(backend, dtype, monkeypatch):
+    model = tiny(backend, 0.2, dtype)
+    fused = run(model)
+    one_by_one(monkeypatch)
+    equal(fused, run(model))
+
+
+def test_every_subset_of_a_block_may_be_frozen(monkeypatch):
+    if contract.availability("cpp") is not None:
+        pytest.skip(contract.availability("cpp"))
+    model = tiny("cpp", 0.2)
+    names = [n for n, _ in model.h[1].named_parameters()]
+    subsets = [{n} for n in names] + [set(names) - {n} for n in names] + [set(), set(names)]
+    results = []
+    for fuse, frozen in itertools.product((True, False), subsets):
+        if not fuse:
+            one_by_one(monkeypatch)
+        for name, parameter in model.h[1].named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        results.append(run(model))
+    for fused, single in zip(results[: len(subsets)], results[len(subsets) :], strict=True):
+        equal(fused, single)
+
+
+def spied(model):
+    seen = []
+    original = BlockFunction.apply
+    BlockFunction.apply = lambda *args: seen.append(1) or original(*args)
+    try:
+        run(model)
+    finally:
+        BlockFunction.apply = original
+    return len(seen)
+
+
+def test_named_and_auto_take_it_and_torch_does_not():
+    if contract.availability("cpp") is not None:
+        pytest.skip(contract.availability("cpp"))
+    assert spied(tiny("cpp")) == spied(tiny("auto")) == spied(tiny(None)) == 2
+    assert spied(tiny("torch")) == 0
+    with gptk.use_backend("torch"):
+        assert spied(tiny(None)) == 0
+
+
+def test_a_hook_or_another_layer_inside_sees_the_ops_one_by_one(backend):
+    model = tiny(backend)
+    shapes = []
+    model.h[0].attn.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
+    model.h[1].mlp.c_fc = torch.nn.utils.parametrizations.weight_norm(model.h[1].mlp.c_fc)
+    assert spied(model) == 0
+    assert shapes == [(2, 7, 12)]
+
+
+def test_gradients_of_leaves_do_not_share_memory(backend):
+    block = tiny(backend).h[0]
+    branch, x = (torch.randn(2, 3, 12, requires_grad=True) for _ in range(2))
+    grads = []
+    for _ in range(2):
+        out, h = block(branch, x, 0, 0, None)
+        (out.sum() + 2 * h.sum()).backward()
+        grads.append((branch.grad.clone(), x.grad.clone()))
+    for once, twice in zip(*grads, strict=True):
+        torch.testing.assert_close(twice, 2 * once)
+
+
+def test_activation_checkpointing_gives_the_same_gradients(backend):
+    block = tiny(backend, 0.2).h[0].train()
+    x = torch.randn(2, 3, 12, requires_grad=True)
+    grads = []
+    for call in (lambda: block(None, x, 7, 0, None),
+                 lambda: checkpoint(block, None, x, 7, 0, None, use_reentrant=False)):  # fmt: skip
+        x.grad = None
+        sum(t.square().sum() for t in call()).backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
