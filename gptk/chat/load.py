@@ -40,7 +40,12 @@ def load(
 
 def find(run: Path) -> Path:
     """The checkpoint folder that `run` means, verified."""
-    if not run.is_dir():
+    try:
+        is_folder = run.is_dir()
+    except OSError as error:
+        shown = str(run) if len(str(run)) <= 80 else f"{str(run)[:77]}..."
+        raise UsageError(f"RUN {shown}: cannot be used ({error.strerror})") from None
+    if not is_folder:
         raise UsageError(f"{run}: there is no such folder")
     if (run / checkpoint.MANIFEST).exists():
         reason = checkpoint.damage(run)

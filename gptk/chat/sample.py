@@ -41,7 +41,7 @@ WANTED = {
     "max_new_tokens": "an integer, at least 0",
     "seed": "an integer from 0 to 2**63 - 1",
     "backend": "one of " + ", ".join(CHOICES["backend"]),
-    "device": "auto, cpu, cuda, cuda:N or mps",
+    "device": "auto, cpu, cuda, cuda:N (N up to 999) or mps",
     "prompt": "a text",
 }
 KINDS: dict[str, type] = {
@@ -120,7 +120,7 @@ def _take_run(argv: list[str]) -> tuple[str, list[str]]:
     for i, word in enumerate(words):
         before = words[i - 1] if i else ""
         is_value = before.startswith("--") and "=" not in before
-        if not word.startswith("--") and not is_value:
+        if word and not word.startswith("-") and not is_value:
             return word, words[:i] + words[i + 1 :]
     raise UsageError("RUN is missing: gptk sample RUN, a run folder or a checkpoint's folder")
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +271,23 @@ def write_json(path: Path, content: object) -> None:
 def replace_json(path: Path, content: object) -> None:
     """write_json, replacing the file in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_json(temporary, content)
-    _fsync(temporary)
-    temporary.replace(path)
-    _fsync(path.parent)
+    with written(path):
+        try:
+            write_json(temporary, content)
+            _fsync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """A failed write inside is a CheckpointError that names `path`; the system's error does not."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _measure(path: Path) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def describe(name: str) -> str:
         return f"a number from {low:g} to {high:g}" + ("" if closed else f" (below {high:g})")
     if KINDS.get(name, bool if name == "extend" else str) is bool:
         return "True or False"
-    return "auto, cpu, cuda, cuda:N or mps" if name == "device" else "a path"
+    return "auto, cpu, cuda, cuda:N (N up to 999) or mps" if name == "device" else "a path"
 
 
 def check_device(device: str) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptk.flags import Failure
 from gptk.text import corpus, token_file
 from gptk.text.corpus import Corpus
 from gptk.text.tokenizer import Tokenizer
 from gptk.text.windows import Windows
 from gptk.train import hardware
+from gptk.train.checkpoint import written
 from gptk.train.config import ConfigError, TrainConfig
 
 TOKENS = "tokens-{}.bin"
@@ -69,13 +69,12 @@ class RunData:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and the token files unless they were read from here."""
-        self.tokenizer.save(folder / "tokenizer.json")
+        with written(folder / "tokenizer.json"):
+            self.tokenizer.save(folder / "tokenizer.json")
         for split, ids in self._encoded.items():
             file = folder / TOKENS.format(split)
-            try:
+            with written(file):
                 token_file.write(file, ids, self.vocab_size)
-            except OSError as error:
-                raise Failure(f"cannot write {file}: {error.strerror}") from None
 
     @property
     def vocab_size(self) -> int:

@@ -135,18 +135,27 @@ def locked(folder: Path, option: str = "--out") -> Iterator[None]:
                 f"{option} {folder}: in use by another run ({file.read().strip()}); stop that one "
                 "or name another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk may not say
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
-def remove_unused(folder: Path) -> None:
-    """Remove a folder in which no run began: it holds the lock alone."""
+def remove_unused(folder: Path, made: list[Path]) -> None:
+    """Remove a folder in which no run began: it holds the lock alone. `made` are the folders, the
+    innermost first, that were made for it."""
     with contextlib.suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {LOCK}:
             (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
+            for path in made:
+                path.rmdir()
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folder and those above it that do not exist, the innermost first."""
+    with contextlib.suppress(OSError):
+        return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    return []
 
 
 def save_config(folder: Path, resolved: TrainConfig) -> None:

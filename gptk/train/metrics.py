@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gptk.train.checkpoint import written
+
 Record = dict[str, Any]
 
 
@@ -48,8 +50,12 @@ class Metrics:
         text = b"".join(map(_line, before))
         self._start = len(text)  # of the last record's line
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(text + (_line(self._last) if self._last else b""))
-        temporary.replace(path)
+        with written(path):
+            try:
+                temporary.write_bytes(text + (_line(self._last) if self._last else b""))
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         self._file = path.open("r+b", buffering=0)
         self._file.seek(0, os.SEEK_END)
 

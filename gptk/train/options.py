@@ -157,6 +157,8 @@ def read_config_file(path: str) -> tuple[dict[str, Any], str | None]:
     preset = flat.pop("preset", None)
     fields = {key.replace("-", "_"): value for key, value in flat.items()}
     for name in fields:
+        if name in FLAGS.kinds and name not in FIELDS:
+            raise ConfigError(f"--config {path}: {flag(name)} belongs on the command line")
         if name not in FIELDS:
             raise ConfigError(f"--config {path}: {FLAGS.unknown(flag(name))}")
     try:
@@ -173,7 +175,7 @@ def read_config_file(path: str) -> tuple[dict[str, Any], str | None]:
 
 def _is_a_run(folder: Path, out: str | None) -> bool:
     """Whether a settings file in `folder` that names the folder `out` is a run's own."""
-    if out is None:
+    if not out:
         return False
     has_run = (folder / "lock").exists() or (folder / "checkpoints").is_dir()
     return has_run or os.path.realpath(out) == os.path.realpath(folder)

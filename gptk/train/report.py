@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from gptk.flags import Failure
 from gptk.train import metrics
+from gptk.train.checkpoint import written
 
 
 def plot_loss(run: Path) -> Path | None:
     """Draw run/loss.png, log-log, and return its path; None if there is nothing to draw.
 
     Raises:
-        Failure: it cannot be written.
+        CheckpointError: it cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -28,8 +28,6 @@ def plot_loss(run: Path) -> Path | None:
     axes.grid(which="both", alpha=0.25)
     axes.legend()
     path = run / "loss.png"
-    try:
+    with written(path):
         figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}") from None
     return path

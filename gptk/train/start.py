@@ -43,12 +43,13 @@ def run(request: Request) -> int:
 def opened(request: Request) -> Iterator[Run]:
     """The run that `request` asks for, at step 0 or where its newest checkpoint is, locked."""
     named = request.resume or request.config.run.out
-    is_new = named is None or not os.path.lexists(named)
+    made = folder.missing(Path(named or "runs"))
     path, settings = folder.prepare(request)
+    made = [path, *made] if named is None else made
     option = "--out" if request.resume is None else "--resume"
     with folder.locked(path, option), contextlib.ExitStack() as at_end:
-        if is_new:
-            at_end.callback(folder.remove_unused, path)
+        if made:
+            at_end.callback(folder.remove_unused, path, made)
         if request.resume is None:
             folder.refuse_taken(path)  # again: another run may have come and gone meanwhile
         check_backend(settings.run.backend)
