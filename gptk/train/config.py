@@ -36,13 +36,13 @@ class ModelConfig:
     n_layer: int = 4
     """Transformer blocks."""
     n_head: int = 4
-    """Attention heads; must divide n_embd."""
+    """Attention heads; --n-embd must be a multiple of it."""
     n_embd: int = 192
     """Width of the residual stream."""
     block_size: int = 128
     """Context length in tokens."""
     dropout: float = 0.0
-    """Probability of dropping, in [0, 1)."""
+    """Probability of dropping, from 0 to below 1."""
     bias: bool = True
     """Biases in the linear layers and LayerNorms, as in GPT-2."""
 
@@ -58,15 +58,15 @@ class OptimConfig:
     learning_rate: float = 2e-3
     """The maximum, reached at the end of the warm-up."""
     min_lr: float | None = None
-    """The learning rate at the end, at most learning_rate; unset: a tenth of it."""
+    """The learning rate at the end, at most --learning-rate; unset: a tenth of it."""
     warmup_steps: int = 50
     """Optimizer steps of linear warm-up."""
     weight_decay: float = 0.1
     """On matrices only, not on biases and LayerNorms."""
     beta1: float = 0.9
-    """Decay of the first moment, in [0, 1)."""
+    """Decay of the first moment, from 0 to below 1."""
     beta2: float = 0.99
-    """Decay of the second moment, in [0, 1)."""
+    """Decay of the second moment, from 0 to below 1."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     max_steps: int = 650
