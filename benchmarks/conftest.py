@@ -1,3 +1,3 @@
-"""`pytest benchmarks` runs what `gptk bench` runs; options: --op --case --dtype --backend --device."""
+"""`pytest benchmarks` runs what `gptk bench` runs: --op --case --dtype --backend --device."""
 
 pytest_plugins = ["gptk.bench.plugin"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import once_differentiable, outside_autocast
+from gptk.ops.contract import once_differentiable, outside_autocast, readable
 
 OPS = ("layer_norm", "linear", "attention", "mlp")
 
@@ -45,14 +45,15 @@ class BlockFunction(torch.autograd.Function):
         B, T, C = x.shape
         M, H, p = B * T, plan.n_head, plan.dropout_p
         w1, b1, w_qkv, b_qkv, w_o, b_o, w2, b2, w_fc, b_fc, w_p, b_p = parameters
-        cast = [t if t is None or plan.cast is None else t.to(plan.cast) for t in parameters]
+        cast = [None if t is None else readable(t, plan.cast) for t in parameters]
         _, _, c_qkv, cb_qkv, c_o, cb_o, _, _, c_fc, cb_fc, c_p, cb_p = cast
-        x2 = x.reshape(M, C).contiguous()
+        w1, b1, w2, b2 = (None if t is None else readable(t) for t in (w1, b1, w2, b2))
+        x2 = readable(x.reshape(M, C))
         if branch is None:
             y1, _, mean1, rstd1 = norm.forward(x2, w1, b1, plan.eps[0], None, 0.0, 0)
             h1 = x2
         else:
-            branch2 = branch.reshape(M, C).contiguous()
+            branch2 = readable(branch.reshape(M, C))
             y1, h1, mean1, rstd1 = norm.forward(branch2, w1, b1, plan.eps[0], x2, p, plan.seeds[0])
         y1 = y1 if plan.cast is None else y1.to(plan.cast)
         qkv, _ = linear.forward(y1, c_qkv, cb_qkv, None)
@@ -90,9 +91,9 @@ class BlockFunction(torch.autograd.Function):
         x_dtype, branch_dtype, projected_dtype, *dtypes = ctx.dtypes
         needs = ctx.needs_input_grad
         need = needs[3:]
-        dout = torch.zeros_like(y2) if dout is None else dout.reshape(M, C).contiguous()
+        dout = torch.zeros_like(y2) if dout is None else readable(dout.reshape(M, C))
         h2 = h2.view(M, C)
-        dh2 = None if dh2 is None else dh2.reshape(M, C).contiguous()
+        dh2 = None if dh2 is None else readable(dh2.reshape(M, C))
 
         dy2, dw_fc, db_fc, dw_p, db_p = mlp.backward(
             dout, y2, pre, c_fc, c_p, plan.activation, dtypes[8:12], (True, *need[8:12])

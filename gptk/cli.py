@@ -34,9 +34,16 @@ def _info(argv: list[str]) -> int:
     return info.main(argv)
 
 
+def _bench(argv: list[str]) -> int:
+    from gptk.bench import main as bench
+
+    return bench.main(argv)
+
+
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on text"),
     "sample": (_sample, "let a trained GPT continue a prompt"),
+    "bench": (_bench, "time ops and training steps against PyTorch on this machine"),
     "info": (_info, "what is built, what runs where, and why not elsewhere"),
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gptk.block import OPS, BlockFunction, Plan
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
-from gptk.ops.contract import autocast_dtype, kernels_of
+from gptk.ops.contract import autocast_dtype, kernels_of, transformed
 from gptk.random import Seed, check_probability, derive_seed, draw_seed
 
 
@@ -76,11 +76,12 @@ class Block(nn.Module):
         ):  # fmt: skip
             return None
         backends = {part.backend for part in parts[:4]}
-        if len(backends) > 1 or x.numel() == 0 or torch.compiler.is_compiling():
+        kinds = {t.dtype for norm in (self.ln_1, self.ln_2) for t in norm.parameters()}
+        if len(backends) > 1 or len(kinds) > 1 or x.numel() == 0:
             return None
-        return kernels_of(
-            OPS, backends.pop(), x.device.type, autocast_dtype(x.device.type) or x.dtype
-        )
+        if torch.compiler.is_compiling() or transformed():
+            return None
+        return kernels_of(OPS, backends.pop(), x.device.type, autocast_dtype(x) or x.dtype)
 
     def _fused(
         self, kernels: tuple[ModuleType, ...], branch: Tensor | None, x: Tensor, seeds: Any
@@ -88,7 +89,7 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         p = attn.dropout if self.training else 0.0
         plan = Plan(kernels, attn.n_head, p, seeds, (self.ln_1.eps, self.ln_2.eps), mlp.activation,
-                    autocast_dtype(x.device.type))  # fmt: skip
+                    autocast_dtype(x))  # fmt: skip
         layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
         parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
         return BlockFunction.apply(plan, branch, x, *parameters)

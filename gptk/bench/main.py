@@ -59,11 +59,21 @@ def main(argv: list[str]) -> int:
         rows = _stored(options.show)
         report.show(rows, before)
         return _draw(rows, options.plot)
-    arguments = [str(SUITE), "-q", "-p", "gptk.bench.plugin", "-p", "no:cacheprovider",
-                 "--rootdir", str(SUITE.parent), "-c", str(SUITE.with_name("pytest.ini")),
-                 "--benchmark-quiet",
+    arguments = [
+        str(SUITE),
+        "-q",
+        f"--rootdir={SUITE.parent}",
+        f"-c={SUITE.with_name('pytest.ini')}",
+        "-p",
+        "gptk.bench.plugin",
+        "-p",
+        "no:cacheprovider",
         "-W",
-        "ignore::pytest.PytestAssertRewriteWarning", "--no-table", f"--device={options.device}"]  # fmt: skip
+        "ignore::pytest.PytestAssertRewriteWarning",
+        "--benchmark-quiet",
+        "--no-table",
+        f"--device={options.device}",
+    ]
     arguments += [f"--op={op}" for op in options.ops]
     for flag in ("dtype", "backend", "case"):
         arguments += [f"--{flag}={value}" for value in getattr(options, flag) or ()]

@@ -158,7 +158,8 @@ def _shares(rows: list[dict[str, Any]], path: Path, title: str) -> Path:
     for name, colour in zip(names, palette * len(names), strict=False):
         points = [(r["share"], len(labels) - 1 - labels.index(_label(r)))
                   for r in kept if r["provider"] == name]  # fmt: skip
-        axes.scatter(*zip(*points, strict=True), label=name, color=colour, s=18)
+        shares, places = zip(*points, strict=True)
+        axes.scatter(shares, places, label=name, color=colour, s=18)
     axes.set_yticks(range(len(labels)), labels[::-1], fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")

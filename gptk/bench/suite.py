@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     only = config.getoption("bench_case")
     backends = chosen_backends(config)
     device = config.getoption("bench_device")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     if "op_case" in metafunc.fixturenames:
         for op in TORCH:
             if wanted and op not in wanted:
