@@ -7,6 +7,7 @@ VENV ?= .venv
 WORKERS ?= 2
 TRAIN_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -23,12 +24,13 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean FORCE
+.PHONY: help train test lint bench clean FORCE
 
 help:
 	@echo 'make train   train the default model on this machine, then print a sample; TRAIN_ARGS= adds flags'
 	@echo 'make test    run the tests; TEST_ARGS= adds arguments for pytest'
 	@echo 'make lint    ruff, mypy, import-linter, clang-format'
+	@echo 'make bench   time ops and training steps against PyTorch; BENCH_ARGS= adds arguments'
 	@echo 'make clean   remove .venv and what was built; runs/ stays'
 	@echo 'PYTHON=$(PYTHON) and WORKERS=$(WORKERS) (test processes) can be changed in the same way'
 
@@ -45,6 +47,9 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/python -m mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: $(VENV)/.installed-dev
+	@$(BIN)/gptk bench $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
