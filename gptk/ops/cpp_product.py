@@ -1,17 +1,14 @@
 """The C++ extension's matrix product (csrc/cpu/gemm.cpp).
 
-It runs where it is faster than torch's (oneDNN or MKL): for at most NARROW rows, that is when
-decoding, where it reads the weight once, in its own dtype. Measured on AVX2, larger float32
-products take 0.9 to 1.5 times as long as torch's, so those stay torch's.
+No op takes it yet: measured on AVX2, float32 products take 0.9 to 1.5 times as long as torch's
+(oneDNN or MKL), and its sums over one row are less exact than the gate asks for. Its AVX-512 paths
+are compiled and have not run. tests/ops/test_product_cpp.py holds it to float64.
 """
 
 import torch
 from torch import Tensor
 
 from gptk.native import ACC, ACTIVATION, DTYPE, load, threads
-
-NARROW = 4
-"""Rows up to which the weight is read where it lies, once."""
 
 
 def product(

@@ -33,6 +33,12 @@ class _Steady:
         except OSError as error:
             self._give_up(error)
 
+    def close_spare(self, before: Any) -> None:
+        """Close what took the place of `before`, if anything did."""
+        if self._stream is not before:
+            self._stream.close()
+            self._stream = before
+
     def _give_up(self, error: OSError) -> None:
         lost = self._stream
         self._stream = open(os.devnull, "w", encoding="utf-8")
@@ -55,6 +61,7 @@ def steady_display(who: str) -> Iterator[None]:
         steady.flush()
         if sys.stdout is steady:
             sys.stdout = before
+        steady.close_spare(before)
 
 
 class Progress:

@@ -103,3 +103,4 @@ def test_a_line_that_fits_only_in_part_is_an_error(tmp_path):
     metrics._file = Full()
     with pytest.raises(OSError, match="No space"):
         metrics.write({"step": 1})
+    whole.close()

@@ -11,8 +11,6 @@ from gptk.ops.cpp_epilogue import (
     sum_rows,
     weight_gradient,
 )
-from gptk.ops.cpp_product import NARROW
-from gptk.ops.cpp_product import product as own_product
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -25,8 +23,6 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, pre) for x (M, K), weight (N, K); pre is None without activation."""
     dtype = x.dtype
-    if x.shape[0] <= NARROW:
-        return own_product(x, weight.t(), bias, activation, keep_pre=activation is not None)
     wide = product_dtype(dtype)
     if activation is None and wide == dtype:
         return product(x, weight, bias), None

@@ -15,8 +15,6 @@ from gptk.ops.cpp_epilogue import (
     sum_rows,
     weight_gradient,
 )
-from gptk.ops.cpp_product import NARROW
-from gptk.ops.cpp_product import product as own_product
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -34,10 +32,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, pre) for x (M, C), w1 (hidden, C), w2 (C_out, hidden)."""
     dtype = x.dtype
-    if x.shape[0] <= NARROW:
-        hidden, pre = own_product(x, w1.t(), b1, activation, keep_pre=True)
-        assert pre is not None
-        return own_product(hidden, w2.t(), b2)[0], pre
     wide = product_dtype(dtype)
     hidden, pre = activate(product(x.to(wide), w1.to(wide)), b1, activation, dtype, keep_pre=True)
     assert pre is not None
