@@ -2,7 +2,6 @@
 // Knows no maths and checks nothing: gptk/ops/<op>/cpp_impl.py has already chosen shapes and
 // dtypes. The GIL is released while a kernel runs.
 #include "attention_plan.h"
-#include "gemm_plan.h"
 #include "gptk.h"
 
 #include <pybind11/pybind11.h>
@@ -88,14 +87,6 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "activation_backward", gptk_activation_backward, &A::dpre, &A::y, &A::dbias,
          &A::partial, &A::dy, &A::pre, &A::M, &A::N, &A::groups, &A::activation, &A::dpre_dtype,
          &A::dbias_dtype, &A::dy_dtype, &A::pre_dtype, &A::threads);
-  }
-  {
-    using A = gptk_gemm_args;
-    bind(m, "gemm", gptk_gemm, &A::c, &A::pre, &A::value, &A::scratch, &A::a, &A::b, &A::bias,
-         &A::slope_of, &A::M, &A::N, &A::K, &A::a_m, &A::a_k, &A::b_k, &A::b_n, &A::add,
-         &A::activation, &A::compute, &A::c_dtype, &A::a_dtype, &A::b_dtype, &A::bias_dtype,
-         &A::slope_dtype, &A::threads);
-    m.def("gemm_scratch", &gptk::gemm_plan::gemm_scratch);
   }
   {
     using A = gptk_cross_entropy_forward_args;

@@ -85,26 +85,6 @@ struct gptk_activation_backward_args {
   int32_t threads;
 };
 
-/* c = activation(a b + bias): the matrix product with its epilogue. Operands are rounded to
-   `compute` first (a float32 weight under bf16 autocast is packed as bf16 in the same pass) and
-   products are summed in acc, whatever the instruction set. a[m, k] = a[m * a_m + k * a_k], one of
-   the two strides is 1; b likewise.
-   With slope_of: c = (a b) * activation'(slope_of), and value = activation(slope_of). */
-struct gptk_gemm_args {
-  void* c;              /* (M, N) c_dtype */
-  void* pre;            /* (M, N) c_dtype: a b + bias, or NULL */
-  void* value;          /* (M, N) c_dtype: activation(slope_of), or NULL */
-  void* scratch;        /* gemm_scratch(M, N, K, threads) acc, 64-byte aligned */
-  const void* a;        /* (M, K) a_dtype */
-  const void* b;        /* (K, N) b_dtype */
-  const void* bias;     /* (N,) bias_dtype, or NULL */
-  const void* slope_of; /* (M, N) slope_dtype, or NULL */
-  int64_t M, N, K, a_m, a_k, b_k, b_n;
-  int32_t add; /* 1: c += a b, for a c of acc and no epilogue */
-  int32_t activation, compute, c_dtype, a_dtype, b_dtype, bias_dtype, slope_dtype;
-  int32_t threads;
-};
-
 /* loss = lse - (1 - s) * z[target] - s / V * sum(z); 0 where target == ignore_index; NaN for any
    other target outside [0, V) */
 struct gptk_cross_entropy_forward_args {
@@ -218,7 +198,6 @@ struct gptk_keep_mask_args {
   X(layer_norm_backward)    \
   X(activation_forward)     \
   X(activation_backward)    \
-  X(gemm)                   \
   X(cross_entropy_forward)  \
   X(cross_entropy_backward) \
   X(attention_forward)      \
