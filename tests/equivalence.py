@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import gptk.functional as GF
+from gptk.bench.gate import FORWARD, GRADIENT, accepted, error, noise
 from gptk.ops.catalog import OPS
 from gptk.ops.contract import why_not
 
@@ -14,42 +15,13 @@ FUNCTIONS = {name: getattr(GF, name) for name in OPS if name != "adamw"}
 CASES = {op: importlib.import_module(f"gptk.ops.{op}.cases") for op in OPS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = ("cpp", "triton")
+__all__ = ["FORWARD", "GRADIENT", "accepted", "error", "noise"]  # one gate for tests and benchmarks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-FORWARD, GRADIENT = 2.0, 3.0
-"""How many times PyTorch's own error, in the same dtype, a kernel may make."""
 
 
 def missing(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why this backend cannot run here (a reason to skip), or None."""
     return why_not(op, backend, DEVICE, dtype)
-
-
-def noise(reference: Tensor, dtype: torch.dtype) -> float:
-    """The dtype's own rounding noise at the reference's magnitude."""
-    low = reference.to(dtype)
-    finite = low[low.isfinite()]
-    if not finite.numel():
-        return 0.0
-    return 2.0 * ((finite + 0.3) - 0.3 - finite).abs().max().double().item()
-
-
-def error(value: Tensor, reference: Tensor) -> float:
-    """The largest absolute difference; NaN or inf in one of the two only is infinite."""
-    value, reference = value.double(), reference.double()
-    if value.shape != reference.shape:
-        return float("inf")
-    if not value.numel():
-        return 0.0
-    same = (value == reference) | (value.isnan() & reference.isnan())
-    difference = (value - reference).abs().masked_fill(same, 0.0)
-    return difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
-
-
-def accepted(value: Tensor, reference: Tensor, torchs: Tensor, factor: float) -> bool:
-    """True if the value's error is within factor x torch's own error, plus rounding noise."""
-    bound = factor * error(torchs, reference) + noise(reference, value.dtype)
-    return error(value, reference) <= bound
 
 
 def wrong_answers(reference: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gptk.bench import gate, measure, models, report
+from gptk.bench import gate, measure, models, report, suite
 from gptk.bench.main import main
 from gptk.bench.plugin import Replay
 from gptk.bench.providers import PYTORCH, TORCH, providers
@@ -79,31 +79,53 @@ def test_peak_memory_counts_what_is_held_together():
     assert measure.peak_memory(call) in range(8000, 8400)
 
 
-def test_baseline_computes_the_function_of_our_model(monkeypatch):
-    config = models.GPTConfig(8, 11, 2, 2, 8)
+def small_steps(monkeypatch, dtypes):
+    config = models.GPTConfig(8, 11, 2, 2, 8, dropout=0.2)
     monkeypatch.setitem(models.SIZES, "small", models.Size(config, 3))
     backends = ["torch"] + (["cpp"] if contract.availability("cpp") is None else [])
-    found = models.steps("small", [torch.float32, torch.bfloat16], backends)
-    plain = models.baseline.GPT(config)
-    ours = models.gptk.GPT(config, backend="torch")
-    with torch.no_grad():
-        for one, other in zip(_ordered(ours), plain.parameters(), strict=True):
-            other.copy_(one)
-    idx = torch.randint(11, (2, 9))
-    torch.testing.assert_close(plain(idx[:, :-1], idx[:, 1:]), ours(idx[:, :-1], idx[:, 1:]))
-    assert sum(p.numel() for p in plain.parameters()) == ours.num_params(non_embedding=False)
-    assert all(step() == pytest.approx(2.4, abs=0.4) for step in found.values())
-    assert models.flops("small") == ours.flops_per_token(8) * 24
+    return models.providers("small", dtypes, backends)
 
 
-def _ordered(model):
-    yield from (model.wte.weight, model.wpe.weight)
-    for block in model.h:
-        for norm in (block.ln_1, block.ln_2):
-            yield from (norm.weight, norm.bias)
-        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            yield from (layer.weight, layer.bias)
-    yield from (model.ln_f.weight, model.ln_f.bias)
+def test_all_steps_start_from_one_loss_and_a_wrong_model_does_not_pass(monkeypatch):
+    found = small_steps(monkeypatch, [torch.float32, torch.bfloat16])
+    assert {name.split()[0] for name in found} == {"PyTorch", "gptk"}
+    assert all(verdict.passed for verdict in models.verdicts(found).values())
+    right = found["gptk torch fp32"]
+    for wrong in (0.0, right.loss() * 1.001, -right.loss(), float("nan")):
+        found["gptk torch fp32"] = models.Provider(right.step, lambda wrong=wrong: wrong)
+        assert not models.verdicts(found)["gptk torch fp32"].passed
+
+
+def test_a_step_trains_and_the_loss_of_the_gate_does_not(monkeypatch):
+    for provider in small_steps(monkeypatch, [torch.float32]).values():
+        before = provider.loss()
+        assert provider.loss() == before
+        for _ in range(20):
+            provider.step()
+        assert provider.loss() < before
+
+
+def test_work_is_counted_as_in_training(monkeypatch):
+    small_steps(monkeypatch, [torch.float32])
+    model = models.gptk.GPT(models.SIZES["small"].config)
+    plain = models.baseline.GPT(models.SIZES["small"].config)
+    assert models.flops("small") == model.flops_per_token(8) * 24
+    assert sum(p.numel() for p in plain.parameters()) == model.num_params(non_embedding=False)
+
+
+def test_an_optimizer_that_does_not_clip_is_not_timed(monkeypatch):
+    monkeypatch.setitem(suite.importlib.import_module("gptk.ops.adamw.cases").BENCH, "s",
+                        dict(shapes=((3, 4), (5,))))  # fmt: skip
+    found = suite.measure_adamw("s", "cpu", ["torch"])
+    assert set(found["seconds"]) == {"PyTorch", "gptk torch"}
+    clipping = suite.AdamW
+
+    def without(*args, max_grad_norm, **options):
+        return clipping(*args, **options)
+
+    monkeypatch.setattr(suite, "AdamW", without)
+    found = suite.measure_adamw("s", "cpu", ["torch"])
+    assert set(found["seconds"]) == {"PyTorch"}
 
 
 def test_a_run_is_stored_shown_compared_and_drawn(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,9 @@ Fused AdamW, scaled_dot_product_attention, F.cross_entropy over materialised log
 function of gptk.GPT with equal sizes, dropout sites included.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,9 +46,6 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
-        for p in self.parameters():
-            if p.dim() >= 2:
-                nn.init.normal_(p, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
@@ -56,11 +56,34 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW with decay on matrices only."""
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+def load(model: GPT, ours: nn.Module) -> None:
+    """Give the baseline the weights of a gptk.GPT: the same parameters in the same order."""
+    with torch.no_grad():
+        for to, given in zip(model.parameters(), _in_order(ours), strict=True):
+            to.copy_(given)
+
+
+def _in_order(ours: Any) -> Iterator[Tensor]:
+    layers = [ours.wte, ours.wpe]
+    for block in ours.h:
+        layers += [block.ln_1, block.ln_2, block.attn.c_attn, block.attn.c_proj]
+        layers += [block.mlp.c_fc, block.mlp.c_proj]
+    for layer in (*layers, ours.ln_f):
+        yield from layer.parameters()
+
+
+class Clipped:
+    """PyTorch's fused AdamW, decay on matrices only, after clipping by the global norm."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params = list(model.parameters())
+        groups = [
+            {"params": [p for p in self.params if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in self.params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+        self.zero_grad = self.optimizer.zero_grad
+
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()

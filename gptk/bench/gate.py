@@ -7,6 +7,7 @@ provider's errors over PyTorch's.
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,35 @@ from torch import Tensor
 
 from gptk.bench.providers import PYTORCH, TORCH
 
-OUTPUT, GRADIENT = 2.0, 3.0
+FORWARD, GRADIENT = 2.0, 3.0
+"""How many times PyTorch's own error, in the same dtype, a kernel may make."""
+
+
+def noise(reference: Tensor, dtype: torch.dtype) -> float:
+    """The dtype's own rounding noise at the reference's magnitude."""
+    low = reference.to(dtype)
+    finite = low[low.isfinite()]
+    if not finite.numel():
+        return 0.0
+    return 2.0 * ((finite + 0.3) - 0.3 - finite).abs().max().double().item()
+
+
+def error(value: Tensor, reference: Tensor) -> float:
+    """The largest absolute difference; another shape, or NaN or inf in one only, is infinite."""
+    value, reference = value.double(), reference.double()
+    if value.shape != reference.shape:
+        return math.inf
+    if not value.numel():
+        return 0.0
+    same = (value == reference) | (value.isnan() & reference.isnan())
+    difference = (value - reference).abs().masked_fill(same, 0.0)
+    return difference.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+
+
+def accepted(value: Tensor, reference: Tensor, torchs: Tensor, factor: float) -> bool:
+    """True if the value's error is within factor x torch's own error, plus rounding noise."""
+    bound = factor * error(torchs, reference) + noise(reference, value.dtype)
+    return error(value, reference) <= bound
 
 
 class Verdict(NamedTuple):
@@ -70,22 +99,12 @@ def judge(op: str, function: Callable[..., Any], values: dict[str, Any], name: s
     outputs = len(truth) - len(leaves(op, values))
     passed, ratio = True, 0.0
     for i, (t, f, e, o) in enumerate(zip(truth, found, exact, own, strict=True)):
-        ours, theirs = _error(f, t), _error(o, e)
-        bound = (OUTPUT if i < outputs else GRADIENT) * theirs + _noise(t, f.dtype)
+        ours, theirs = error(f, t), error(o, e)
+        bound = (FORWARD if i < outputs else GRADIENT) * theirs + noise(t, f.dtype)
         passed = passed and ours <= bound
-        ratio = max(ratio, ours / theirs if theirs else (1.0 if ours <= bound else float("inf")))
+        ratio = max(ratio, ours / theirs if theirs else (1.0 if ours <= bound else math.inf))
     return Verdict(passed, ratio)
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _error(value: Tensor, truth: Tensor) -> float:
-    difference = (value.double() - truth).abs()
-    return difference.nan_to_num(nan=float("inf")).max().item() if difference.numel() else 0.0
-
-
-def _noise(truth: Tensor, dtype: torch.dtype) -> float:
-    low = truth.to(dtype)
-    return 2.0 * ((low + 0.3) - 0.3 - low).abs().max().double().item() if low.numel() else 0.0

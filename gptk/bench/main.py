@@ -1,6 +1,7 @@
 """`gptk bench [OP ...]`: run the suite under pytest-benchmark, print, store, compare, draw."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -39,11 +40,11 @@ def parser(ops: list[str]) -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    try:
-        import pytest
-        import pytest_benchmark  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"gptk bench needs {error.name}: pip install 'gptk[bench]'") from None
+    for name in ("pytest", "pytest_benchmark", "matplotlib", "rich"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"gptk bench needs {name}: pip install 'gptk[bench]'")
+    import pytest
+
     from gptk.bench import report
     from gptk.bench.providers import TORCH
 

@@ -1,14 +1,15 @@
 """Whole training steps (forward, backward, clipping, AdamW) and generation, by provider."""
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import gptk
 from gptk.bench import baseline
+from gptk.bench.gate import GRADIENT, Verdict
 from gptk.bench.providers import COMPILED
 from gptk.model import GPTConfig
 from gptk.optim import AdamW
@@ -28,13 +29,21 @@ SIZES = {
 }
 """nanoGPT's CPU example, its character-level example, GPT-2 124M at a context of 256."""
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-Step = Callable[[], float]
+LOSS_RTOL = 2e-5
+"""How far two float32 losses of the same weights may be apart (the rule of the 32 steps)."""
 
 
-def steps(
+class Provider(NamedTuple):
+    """step: one training step; loss: of the untrained model without dropout, nothing changes."""
+
+    step: Callable[[], None]
+    loss: Callable[[], float]
+
+
+def providers(
     size: str, dtypes: list[torch.dtype], backends: list[str], device: str = "cpu"
-) -> dict[str, Step]:
-    """Provider and dtype -> one training step that returns its loss.
+) -> dict[str, Provider]:
+    """Provider and dtype -> its step. All start from the same weights.
 
     bf16 is autocast over float32 parameters, for everyone.
     """
@@ -43,60 +52,75 @@ def steps(
     idx = torch.randint(
         config.vocab_size, (batch_size, config.block_size + 1), generator=generator
     ).to(device)
-    made: dict[str, Step] = {}
+    torch.manual_seed(0)
+    weights = gptk.GPT(config)
+    made: dict[str, Provider] = {}
     for dtype in dtypes:
-        torch.manual_seed(0)
-        plain = baseline.GPT(config).to(device)
-        made[f"PyTorch {NAMES[dtype]}"] = _theirs(plain, plain, idx, dtype, device)
-        if COMPILED in backends:
-            other = baseline.GPT(config).to(device)
-            compiled = torch.compile(other)
-            made[f"compile {NAMES[dtype]}"] = _theirs(compiled, other, idx, dtype, device)
-        for backend in backends:
-            if backend != COMPILED:
-                torch.manual_seed(0)
-                model = gptk.GPT(replace(config), backend=backend).to(device)
-                made[f"gptk {backend} {NAMES[dtype]}"] = _ours(model, idx, dtype, backend, device)
+        for name in ("PyTorch", *backends):
+            if name in ("PyTorch", COMPILED):
+                module = baseline.GPT(config)
+                baseline.load(module, weights)
+                module = module.to(device)
+                model = torch.compile(module) if name == COMPILED else module
+                provider = _provider(model, module, baseline.Clipped(module), idx, dtype)
+            else:
+                name = f"gptk {name}"
+                model = gptk.GPT(config, backend=name[5:])
+                model.load_state_dict(weights.state_dict())
+                model = model.to(device)
+                optimizer = AdamW(
+                    model.param_groups(0.1),
+                    lr=1e-3,
+                    betas=(0.9, 0.95),
+                    max_grad_norm=1.0,
+                    backend=name[5:],
+                )
+                provider = _provider(model, model, optimizer, idx, dtype)
+            made[f"{name} {NAMES[dtype]}"] = provider
     return made
 
 
-def _theirs(
+def _provider(
     model: Callable[..., torch.Tensor],
     module: nn.Module,
+    optimizer: Any,
     idx: torch.Tensor,
     dtype: torch.dtype,
-    device: str,
-) -> Step:
-    optimizer = baseline.optimizer(module, 1e-3)
-    params = list(module.parameters())
+) -> Provider:
+    def loss() -> torch.Tensor:
+        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
+            return model(idx[:, :-1], idx[:, 1:])
 
-    def step() -> float:
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
+        loss().backward()
         optimizer.step()
-        return float(loss.detach())
 
-    return step
+    def evaluated() -> float:
+        module.eval()
+        with torch.no_grad():
+            value = float(loss())
+        module.train()
+        return value
+
+    return Provider(step, evaluated)
 
 
-def _ours(
-    model: gptk.GPT, idx: torch.Tensor, dtype: torch.dtype, backend: str, device: str
-) -> Step:
-    groups = model.param_groups(0.1)
-    optimizer = AdamW(groups, lr=1e-3, betas=(0.9, 0.95), max_grad_norm=1.0, backend=backend)
+def verdicts(found: dict[str, Provider]) -> dict[str, Verdict]:
+    """Is each provider's loss, before any step, that of PyTorch in float32?
 
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
+    In bf16 three times PyTorch's own bf16 error is allowed as well.
+    """
+    losses = {name: provider.loss() for name, provider in found.items()}
+    truth = losses.get("PyTorch fp32", losses[next(iter(losses))])
+    made = {}
+    for name, loss in losses.items():
+        own = abs(losses[f"PyTorch {name.split()[-1]}"] - truth)
+        off = abs(loss - truth)
+        made[name] = Verdict(
+            off <= GRADIENT * own + LOSS_RTOL * truth, off / own if own else math.nan
+        )
+    return made
 
 
 def flops(size: str) -> int:

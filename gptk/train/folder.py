@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,12 +222,3 @@ def refusal(differing: dict[str, tuple[Any, Any]]) -> str:
     """Why a run is not resumed: old and new value of each thing that differs."""
     lines = [f"  {name}: {old} in the run, {new} now" for name, (old, new) in differing.items()]
     return "--resume refused, it would not be the same run:\n" + "\n".join(lines)
-
-
-def low_space(folder: Path, checkpoint_folder: Path) -> str | None:
-    """A warning if the disk has no room for the two further checkpoints that a run needs."""
-    size = sum(file.stat().st_size for file in checkpoint_folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if free >= 2 * size:
-        return None
-    return f"{folder} has {free / 1e6:.0f} MB free; checkpoints need up to {2 * size / 1e6:.0f} MB"
