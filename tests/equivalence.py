@@ -3,13 +3,14 @@
 import importlib
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import gptk.functional as GF
 from gptk.bench.gate import FORWARD, GRADIENT, accepted, error, noise
 from gptk.ops.catalog import OPS
-from gptk.ops.contract import why_not
+from gptk.ops.contract import availability, why_not
 
 FUNCTIONS = {name: getattr(GF, name) for name in OPS if name != "adamw"}
 CASES = {op: importlib.import_module(f"gptk.ops.{op}.cases") for op in OPS}
@@ -22,6 +23,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def missing(op: str, backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why this backend cannot run here (a reason to skip), or None."""
     return why_not(op, backend, DEVICE, dtype)
+
+
+def require(backend: str, op: str | None = None) -> str:
+    """The backend, or a skip that says why it cannot run here."""
+    reason = availability(backend) if op is None else missing(op, backend)
+    if reason is not None:
+        pytest.skip(reason)
+    return backend
 
 
 def wrong_answers(reference: Tensor) -> dict[str, Tensor]:

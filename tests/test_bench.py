@@ -129,6 +129,8 @@ def test_an_optimizer_that_does_not_clip_is_not_timed(monkeypatch):
 
 
 def test_a_run_is_stored_shown_compared_and_drawn(tmp_path, monkeypatch, capsys):
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # a session of its own
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(measure, "LEAST_SECONDS", 0.01)
     stored = tmp_path / "b.json"
     assert main(["gelu", "--case", "nano", "--backend", "torch", f"--json={stored}"]) == 0

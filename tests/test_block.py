@@ -4,23 +4,20 @@ import itertools
 
 import pytest
 import torch
+from equivalence import require
 from torch.utils.checkpoint import checkpoint
 
 import gptk
 from gptk import GPT, GPTConfig
 from gptk.block import BlockFunction
 from gptk.model import Block
-from gptk.ops import contract
 
 BACKENDS = ["cpp", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = contract.availability(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+    return require(request.param)
 
 
 def tiny(backend, dropout=0.0, dtype=torch.float32, **changes):
@@ -70,8 +67,7 @@ def test_every_dtype(backend, dtype, monkeypatch):
 
 
 def test_every_subset_of_a_block_may_be_frozen(monkeypatch):
-    if contract.availability("cpp") is not None:
-        pytest.skip(contract.availability("cpp"))
+    require("cpp")
     model = tiny("cpp", 0.2)
     names = [n for n, _ in model.h[1].named_parameters()]
     subsets = [{n} for n in names] + [set(names) - {n} for n in names] + [set(), set(names)]
@@ -98,8 +94,7 @@ def spied(model):
 
 
 def test_named_and_auto_take_it_and_torch_does_not():
-    if contract.availability("cpp") is not None:
-        pytest.skip(contract.availability("cpp"))
+    require("cpp")
     assert spied(tiny("cpp")) == spied(tiny("auto")) == spied(tiny(None)) == 2
     assert spied(tiny("torch")) == 0
     with gptk.use_backend("torch"):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from equivalence import require
 
 from gptk import GPT, GPTConfig
 from gptk.chat.generate import Sampling, generate, probabilities, stream
-from gptk.ops import contract
 from gptk.text.tokenizer import Tokenizer
 
 BACKENDS = ["torch", "cpp", "triton"]
@@ -16,9 +16,7 @@ BLOCK, VOCAB = 32, 50
 
 
 def tiny(backend="torch", dtype=torch.float32, **changes):
-    reason = contract.availability(backend)
-    if reason is not None:
-        pytest.skip(reason)
+    require(backend)
     torch.manual_seed(0)
     sizes = {"block_size": BLOCK, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_embd": 16}
     model = GPT(GPTConfig(**{**sizes, **changes}), backend=backend).to(dtype).eval()

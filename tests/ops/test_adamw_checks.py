@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equivalence import missing
+from equivalence import require
 from torch._subclasses import FakeTensorMode
 
 from gptk.ops import adamw as op
@@ -26,10 +26,7 @@ WRONG_DTYPE = {
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = missing("adamw", request.param)
-    if reason:
-        pytest.skip(reason)
-    return request.param
+    return require(request.param, "adamw")
 
 
 def refused(values, backend, match):

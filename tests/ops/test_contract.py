@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equivalence import CASES, FUNCTIONS, KERNELS, convert, missing, run, tensors
+from equivalence import CASES, FUNCTIONS, KERNELS, convert, require, run, tensors
 
 import gptk
 import gptk.functional as GF
@@ -21,10 +21,7 @@ SMALL = {
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = missing("attention", request.param)
-    if reason:
-        pytest.skip(reason)
-    return request.param
+    return require(request.param, "attention")
 
 
 def values_of(op, dtype=torch.float32):

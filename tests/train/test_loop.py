@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from equivalence import require
 from torch import nn
 
 from gptk import GPT, GPTConfig
-from gptk.ops import contract
 from gptk.train import options, start
 from gptk.train.evaluate import Interrupted, evaluate
 from gptk.train.loop import NonFinite, train
@@ -22,14 +22,8 @@ BACKENDS = ["torch", "cpp", "triton"]
 SIZES = {"block_size": 6, "vocab_size": 13, "n_layer": 1, "n_head": 2, "n_embd": 8}
 
 
-def need(backend):
-    reason = contract.availability(backend)
-    if reason is not None:
-        pytest.skip(reason)
-
-
 def tiny(backend="torch", **changes):
-    need(backend)
+    require(backend)
     torch.manual_seed(0)
     return GPT(GPTConfig(**{**SIZES, **changes}), backend=backend).double()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from equivalence import require
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kill_and_resume import Trainer, digests, kill_and_resume, log, wait_for_step
 
 from gptk.flags import UsageError
-from gptk.ops import contract
 from gptk.text import token_file
 from gptk.train import options, start
 from gptk.train.checkpoint import CheckpointError
@@ -23,12 +23,6 @@ from gptk.train.loop import train
 from gptk.train.stop import Stop
 
 BACKENDS = ["torch", "cpp", "triton"]
-
-
-def need(backend):
-    reason = contract.availability(backend)
-    if reason is not None:
-        pytest.skip(reason)
 
 
 class StopAt(Stop):
@@ -115,7 +109,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_not_bits(tmp_path, whole, c
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_killed_at_random_moments_it_ends_as_if_never_killed(tmp_path, backend):
-    need(backend)
+    require(backend)
     done = kill_and_resume(tmp_path, backend, kills=2, max_steps=120, draw=random.Random())
     assert done == 2
 
@@ -288,7 +282,7 @@ def test_a_changed_tokenizer_is_refused_with_both_hashes(tmp_path):
 
 
 def test_another_backend_is_allowed_with_a_warning(tmp_path, capsys):
-    need("cpp")
+    require("cpp")
     run_to(tmp_path, 3)
     run_to(tmp_path, 5, "--resume", "--backend=cpp")
     assert "backend torch -> cpp" in capsys.readouterr().out

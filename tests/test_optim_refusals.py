@@ -1,0 +1,114 @@
+"""gptk.optim.AdamW refuses, in one sentence, what it would otherwise get wrong in silence."""
+
+import copy
+
+import pytest
+import torch
+from equivalence import require
+
+from gptk.optim import AdamW
+
+
+@pytest.fixture(params=("torch", "cpp", "triton"))
+def backend(request):
+    return require(request.param, "adamw")
+
+
+def trained(p, steps=3, backend="torch"):
+    optimizer = AdamW([p], lr=1e-2, backend=backend)
+    for step in range(steps):
+        p.grad = torch.full_like(p, 0.5 + step)
+        optimizer.step()
+    return optimizer
+
+
+def test_wrong_settings_are_refused():
+    p = [torch.nn.Parameter(torch.ones(1))]
+    q = torch.nn.Parameter(torch.ones(1))
+    for wrong in (
+        dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(betas=(0.9,)), dict(eps=-1e-8),
+        dict(weight_decay=-0.1),
+    ):  # fmt: skip
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=name):
+            AdamW(p, **wrong)
+        with pytest.raises(ValueError, match=name):
+            AdamW(p).add_param_group({"params": q, **wrong})
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        AdamW(p, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_options_that_would_be_ignored_are_refused(option):
+    p, q = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    group = {"params": [q], option: True}
+    with pytest.raises(ValueError, match=option):
+        AdamW([group])
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match=option):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    stored = torch.optim.AdamW([p], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=option):
+        optimizer.load_state_dict(stored)
+    assert not optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(ValueError, match=option):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(1))
+
+
+def test_other_groups_that_would_be_ignored_are_refused():
+    q = torch.nn.Parameter(torch.ones(1))
+    for name, value in (("decoupled_weight_decay", False), ("max_grad_norm", 1.0), ("backend", "")):
+        with pytest.raises(ValueError, match=name):
+            AdamW([{"params": [q], name: value}])
+    for named in ([q, q], iter([q, q]), [("a", q), ("b", q)]):
+        with pytest.raises(ValueError, match="more than once"):
+            AdamW(named)
+    fast = torch.optim.AdamW([q], foreach=True).state_dict()  # another loop, the same numbers
+    AdamW([q]).load_state_dict(fast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_state_of_another_shape_is_refused(dtype):
+    p, q = (torch.nn.Parameter(torch.ones(s, dtype=dtype)) for s in ((2, 3), (3, 2)))
+    stored = trained(p, steps=1, backend="torch").state_dict()
+    optimizer = trained(q, steps=1, backend="torch")
+    before = copy.deepcopy(optimizer.state_dict())
+    bad = [stored]
+    for name in stored["state"][0]:
+        good = copy.deepcopy(before)
+        good["state"][0][name] = torch.ones(2)
+        bad.append(good)
+    lacking = copy.deepcopy(before)
+    del lacking["state"][0]["exp_avg"]
+    for state, match in (
+        *((state, r"(\(2, 3\)|\(2,\)).*\((3, 2)?\)") for state in bad),
+        (lacking, "no exp_avg"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(state)
+        for name, value in optimizer.state[q].items():
+            assert torch.equal(value, before["state"][0][name]), name
+
+
+def test_a_gradient_of_another_shape_is_refused(backend):
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = trained(p, backend=backend)
+    p.data = torch.ones(7, 9)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(7, 9\)"):
+        optimizer.step()
+
+
+def test_a_loaded_step_count_lies_beside_its_parameter():
+    p = torch.nn.Parameter(torch.ones(3))
+    saved = trained(p, backend="torch").state_dict()
+    q = torch.nn.Parameter(torch.ones(3, device="meta"))
+    for step in (saved["state"][0]["step"], torch.tensor([3]), 3):
+        saved["state"][0]["step"] = step
+        optimizer = AdamW([q])
+        optimizer.load_state_dict(saved)
+        loaded = optimizer.state[q]["step"]
+        assert (loaded.device.type, loaded.dtype, loaded.shape) == ("meta", torch.float32, ())
