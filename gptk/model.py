@@ -42,6 +42,8 @@ def check_config(config: GPTConfig) -> None:
 class Block(nn.Module):
     """x += attn(ln_1(x)); x += mlp(ln_2(x)), each sum fused into the norm that follows it."""
 
+    fuses = True  # one call of one backend's kernels (gptk/block.py), whatever the size
+
     def __init__(self, config: GPTConfig, backend: str | None) -> None:
         super().__init__()
         C, p, bias = config.n_embd, config.dropout, config.bias

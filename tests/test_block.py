@@ -11,6 +11,7 @@ import gptk
 from gptk import GPT, GPTConfig
 from gptk.block import BlockFunction
 from gptk.model import Block
+from gptk.ops import contract
 
 BACKENDS = ["cpp", "triton"]
 
@@ -132,3 +133,11 @@ def test_activation_checkpointing_gives_the_same_gradients(backend):
         sum(t.square().sum() for t in call()).backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+def test_explain_says_that_size_does_not_decide_inside_a_block():
+    require("cpp")
+    chosen = contract.chosen(tiny("auto"))
+    assert {"attention", "mlp"} <= set(chosen["cpp"])
+    assert chosen["cpp or torch by size"] == ["linear", "layer_norm"]  # the head and ln_f
+    assert "linear" in chosen["cpp"]

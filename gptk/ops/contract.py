@@ -202,7 +202,7 @@ def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = No
         dtype: the compute dtype to assume instead (under autocast, say).
     """
     lines = []
-    for (op, backend, device, kind), count in _asked(model, dtype).items():
+    for (op, backend, device, kind, by_size), count in _asked(model, dtype).items():
         where = f"{device} {str(kind).removeprefix('torch.')}"
         try:
             chosen = _chosen(op, backend, device, kind)
@@ -212,7 +212,7 @@ def explain(model: torch.nn.Module | None = None, dtype: torch.dtype | None = No
         reasons = [(b, why_not(op, b, device, kind)) for b in BACKENDS if b != chosen]
         others = "; ".join(f"{b}: {r or 'possible, not preferred here'}" for b, r in reasons)
         times = f" x{count}" if count > 1 else ""
-        least = CROSSOVER.get((op, chosen, device), 0) if backend == "auto" else 0
+        least = CROSSOVER.get((op, chosen, device), 0) if by_size else 0
         chosen += f" from {least:,} elements on, torch below" if least else ""
         lines.append(f"{op}{times} on {where}: {chosen} (asked: {backend}; {others})")
     return "\n".join(lines)
@@ -226,9 +226,9 @@ def chosen(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str
     Raises Unsupported where a layer's named backend cannot run its op.
     """
     found: dict[str, list[str]] = {}
-    for op, backend, device, kind in _asked(model, dtype):
+    for op, backend, device, kind, by_size in _asked(model, dtype):
         name = _chosen(op, backend, device, kind)
-        if backend == "auto" and CROSSOVER.get((op, name, device)):
+        if by_size and CROSSOVER.get((op, name, device)):
             name += " or torch by size"
         ops = found.setdefault(name, [])
         if op not in ops:
@@ -238,19 +238,26 @@ def chosen(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str
 
 def _asked(
     model: torch.nn.Module | None, dtype: torch.dtype | None
-) -> dict[tuple[str, str, str, torch.dtype], int]:
-    """(op, backend asked for, device type, dtype) -> in how many places."""
-    asked: dict[tuple[str, str, str, torch.dtype], int] = {}
+) -> dict[tuple[str, str, str, torch.dtype, bool], int]:
+    """(op, backend asked for, device type, dtype, does size decide) -> in how many places.
+
+    Size decides where auto resolves each call; layers that a module `fuses` are called as one.
+    """
+    asked: dict[tuple[str, str, str, torch.dtype, bool], int] = {}
     if model is None:
         for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
             for op in OPS:
-                asked[op, _default.get(), device, dtype or torch.float32] = 1
+                default = _default.get()
+                asked[op, default, device, dtype or torch.float32, default == "auto"] = 1
         return asked
     place = next(model.parameters(), torch.empty(0))
-    for layer in model.modules():
+    layers = list(model.modules())
+    fused = {id(part) for m in layers if getattr(m, "fuses", False) for part in m.modules()}
+    for layer in layers:
         for op in getattr(layer, "ops", ()):
             backend = getattr(layer, "backend", None) or _default.get()
-            key = (op, backend, place.device.type, dtype or place.dtype)
+            by_size = backend == "auto" and id(layer) not in fused
+            key = (op, backend, place.device.type, dtype or place.dtype, by_size)
             asked[key] = asked.get(key, 0) + 1
     return asked
 
