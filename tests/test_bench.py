@@ -24,6 +24,13 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _a_session_of_its_own(monkeypatch):
+    """gptk bench starts pytest; under pytest-xdist it would take itself for one of its workers."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def values(op, dtype=torch.float32):
     return importlib.import_module(f"gptk.ops.{op}.cases").inputs(**SMALL[op], dtype=dtype)
 
@@ -129,8 +136,6 @@ def test_an_optimizer_that_does_not_clip_is_not_timed(monkeypatch):
 
 
 def test_a_run_is_stored_shown_compared_and_drawn(tmp_path, monkeypatch, capsys):
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # a session of its own
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(measure, "LEAST_SECONDS", 0.01)
     stored = tmp_path / "b.json"
     assert main(["gelu", "--case", "nano", "--backend", "torch", f"--json={stored}"]) == 0
