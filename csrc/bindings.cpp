@@ -2,6 +2,7 @@
 // Knows no maths and checks nothing: gptk/ops/<op>/cpp_impl.py has already chosen shapes and
 // dtypes. The GIL is released while a kernel runs.
 #include "attention_plan.h"
+#include "gemm_plan.h"
 #include "gptk.h"
 
 #include <pybind11/pybind11.h>
@@ -67,15 +68,15 @@ PYBIND11_MODULE(_C, m) {
     using A = gptk_layer_norm_forward_args;
     bind(m, "layer_norm_forward", gptk_layer_norm_forward, &A::y, &A::h, &A::mean, &A::rstd, &A::x,
          &A::residual, &A::weight, &A::bias, &A::M, &A::N, &A::eps, &A::dropout_p, &A::seed,
-         &A::x_dtype, &A::residual_dtype, &A::h_dtype, &A::weight_dtype, &A::bias_dtype,
-         &A::threads);
+         &A::y_dtype, &A::x_dtype, &A::residual_dtype, &A::h_dtype, &A::weight_dtype,
+         &A::bias_dtype, &A::threads);
   }
   {
     using A = gptk_layer_norm_backward_args;
     bind(m, "layer_norm_backward", gptk_layer_norm_backward, &A::dx, &A::dresidual, &A::dweight,
          &A::dbias, &A::partial, &A::dy, &A::dh, &A::h, &A::weight, &A::mean, &A::rstd, &A::M,
-         &A::N, &A::groups, &A::dropout_p, &A::seed, &A::x_dtype, &A::residual_dtype, &A::h_dtype,
-         &A::weight_dtype, &A::threads);
+         &A::N, &A::groups, &A::dropout_p, &A::seed, &A::x_dtype, &A::residual_dtype, &A::dy_dtype,
+         &A::h_dtype, &A::weight_dtype, &A::threads);
   }
   {
     using A = gptk_activation_forward_args;
@@ -87,6 +88,14 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "activation_backward", gptk_activation_backward, &A::dpre, &A::y, &A::dbias,
          &A::partial, &A::dy, &A::pre, &A::M, &A::N, &A::groups, &A::activation, &A::dpre_dtype,
          &A::dbias_dtype, &A::dy_dtype, &A::pre_dtype, &A::threads);
+  }
+  {
+    using A = gptk_gemm_args;
+    bind(m, "gemm", gptk_gemm, &A::c, &A::pre, &A::value, &A::scratch, &A::a, &A::b, &A::bias,
+         &A::slope_of, &A::M, &A::N, &A::K, &A::a_m, &A::a_k, &A::b_k, &A::b_n, &A::add,
+         &A::activation, &A::compute, &A::c_dtype, &A::a_dtype, &A::b_dtype, &A::bias_dtype,
+         &A::slope_dtype, &A::threads);
+    m.def("gemm_scratch", &gptk::gemm_plan::gemm_scratch);
   }
   {
     using A = gptk_cross_entropy_forward_args;
@@ -112,7 +121,7 @@ PYBIND11_MODULE(_C, m) {
     using A = gptk_attention_backward_args;
     bind(m, "attention_backward", gptk_attention_backward, &A::dq, &A::dk, &A::dv, &A::scratch,
          &A::dout, &A::q, &A::k, &A::v, &A::out, &A::lse, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk,
-         &A::D, &A::Dv, &A::dout_b, &A::dout_h, &A::dout_t, &A::q_b, &A::q_h, &A::q_t, &A::k_b,
+         &A::D, &A::Dv, &A::dq_b, &A::dq_h, &A::dq_t, &A::dk_b, &A::dk_h, &A::dk_t, &A::dv_b, &A::dv_h, &A::dv_t, &A::dout_b, &A::dout_h, &A::dout_t, &A::q_b, &A::q_h, &A::q_t, &A::k_b,
          &A::k_h, &A::k_t, &A::v_b, &A::v_h, &A::v_t, &A::out_b, &A::out_h, &A::out_t, &A::window,
          &A::scale, &A::dropout_p, &A::seed, &A::causal, &A::dtype, &A::threads);
     m.def("attention_backward_scratch", &gptk::attention_plan::attention_backward_scratch);

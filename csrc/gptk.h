@@ -24,7 +24,7 @@ enum { GPTK_IDENTITY = 0, GPTK_GELU = 1, GPTK_GELU_TANH = 2 };
 /* h = residual + dropout(x), y = (h - mean) * rstd * weight + bias; without residual h is x and is
    not written. */
 struct gptk_layer_norm_forward_args {
-  void* y;              /* (M, N) h_dtype */
+  void* y;              /* (M, N) y_dtype */
   void* h;              /* (M, N) h_dtype, or NULL without residual */
   void* mean;           /* (M,) acc */
   void* rstd;           /* (M,) acc */
@@ -35,7 +35,7 @@ struct gptk_layer_norm_forward_args {
   int64_t M, N;
   double eps, dropout_p; /* dropout_p in [0, 1]; acts on x, with residual only */
   uint64_t seed;
-  int32_t x_dtype, residual_dtype, h_dtype, weight_dtype, bias_dtype;
+  int32_t y_dtype, x_dtype, residual_dtype, h_dtype, weight_dtype, bias_dtype;
   int32_t threads;
 };
 
@@ -47,7 +47,7 @@ struct gptk_layer_norm_backward_args {
   void* dweight;      /* (N,) weight_dtype, or NULL */
   void* dbias;        /* (N,) weight_dtype, or NULL */
   void* partial;      /* scratch (2, groups, N) acc; unused when dweight and dbias are NULL */
-  const void* dy;     /* (M, N) h_dtype */
+  const void* dy;     /* (M, N) dy_dtype */
   const void* dh;     /* (M, N) h_dtype: gradient of the output h, or NULL */
   const void* h;      /* (M, N) h_dtype */
   const void* weight; /* (N,) weight_dtype, or NULL */
@@ -56,7 +56,7 @@ struct gptk_layer_norm_backward_args {
   int64_t M, N, groups;
   double dropout_p;
   uint64_t seed;
-  int32_t x_dtype, residual_dtype, h_dtype, weight_dtype;
+  int32_t x_dtype, residual_dtype, dy_dtype, h_dtype, weight_dtype;
   int32_t threads;
 };
 
@@ -82,6 +82,26 @@ struct gptk_activation_backward_args {
   const void* pre; /* (M, N) pre_dtype, or NULL with GPTK_IDENTITY */
   int64_t M, N, groups;
   int32_t activation, dpre_dtype, dbias_dtype, dy_dtype, pre_dtype;
+  int32_t threads;
+};
+
+/* c = activation(a b + bias): the matrix product with its epilogue. Operands are rounded to
+   `compute` first (a float32 weight under bf16 autocast is packed as bf16 in the same pass) and
+   products are summed in acc, whatever the instruction set. a[m, k] = a[m * a_m + k * a_k], one of
+   the two strides is 1; b likewise.
+   With slope_of: c = (a b) * activation'(slope_of), and value = activation(slope_of). */
+struct gptk_gemm_args {
+  void* c;              /* (M, N) c_dtype */
+  void* pre;            /* (M, N) c_dtype: a b + bias, or NULL */
+  void* value;          /* (M, N) c_dtype: activation(slope_of), or NULL */
+  void* scratch;        /* gemm_scratch(M, N, K, threads) acc, 64-byte aligned */
+  const void* a;        /* (M, K) a_dtype */
+  const void* b;        /* (K, N) b_dtype */
+  const void* bias;     /* (N,) bias_dtype, or NULL */
+  const void* slope_of; /* (M, N) slope_dtype, or NULL */
+  int64_t M, N, K, a_m, a_k, b_k, b_n;
+  int32_t add; /* 1: c += a b, for a c of acc and no epilogue */
+  int32_t activation, compute, c_dtype, a_dtype, b_dtype, bias_dtype, slope_dtype;
   int32_t threads;
 };
 
@@ -133,9 +153,9 @@ struct gptk_attention_forward_args {
 };
 
 struct gptk_attention_backward_args {
-  void* dq;         /* (B, Tq, H, D) dtype, or NULL */
-  void* dk;         /* (B, Tk, Hkv, D) dtype, or NULL */
-  void* dv;         /* (B, Tk, Hkv, Dv) dtype, or NULL */
+  void* dq;         /* (B, H, Tq, D) dtype, or NULL; columns adjacent, as in dk and dv */
+  void* dk;         /* (B, Hkv, Tk, D) dtype, or NULL */
+  void* dv;         /* (B, Hkv, Tk, Dv) dtype, or NULL */
   void* scratch;    /* (attention_backward_scratch,) acc: see attention_plan.h */
   const void* dout; /* (B, H, Tq, Dv) dtype */
   const void* q;    /* (B, H, Tq, D) dtype */
@@ -144,6 +164,7 @@ struct gptk_attention_backward_args {
   const void* out;  /* (B, H, Tq, Dv) dtype */
   const void* lse;  /* (B, H, Tq) acc */
   int64_t B, H, Hkv, Tq, Tk, D, Dv;
+  int64_t dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t;
   int64_t dout_b, dout_h, dout_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t;
   int64_t window; /* 0: none */
   double scale, dropout_p;
@@ -198,6 +219,7 @@ struct gptk_keep_mask_args {
   X(layer_norm_backward)    \
   X(activation_forward)     \
   X(activation_backward)    \
+  X(gemm)                   \
   X(cross_entropy_forward)  \
   X(cross_entropy_backward) \
   X(attention_forward)      \

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import once_differentiable, outside_autocast, readable
+from gptk.ops.contract import once_differentiable, outside_autocast, parameter, readable
 
 OPS = ("layer_norm", "linear", "attention", "mlp")
 
@@ -45,25 +45,32 @@ class BlockFunction(torch.autograd.Function):
         B, T, C = x.shape
         M, H, p = B * T, plan.n_head, plan.dropout_p
         w1, b1, w_qkv, b_qkv, w_o, b_o, w2, b2, w_fc, b_fc, w_p, b_p = parameters
-        cast = [None if t is None else readable(t, plan.cast) for t in parameters]
-        _, _, c_qkv, cb_qkv, c_o, cb_o, _, _, c_fc, cb_fc, c_p, cb_p = cast
+        c_qkv, cb_qkv, c_o, cb_o = (
+            None if t is None else parameter(linear, t, plan.cast)
+            for t in (w_qkv, b_qkv, w_o, b_o)
+        )
+        c_fc, cb_fc, c_p, cb_p = (
+            None if t is None else parameter(mlp, t, plan.cast) for t in (w_fc, b_fc, w_p, b_p)
+        )
         w1, b1, w2, b2 = (None if t is None else readable(t) for t in (w1, b1, w2, b2))
         x2 = readable(x.reshape(M, C))
         if branch is None:
-            y1, _, mean1, rstd1 = norm.forward(x2, w1, b1, plan.eps[0], None, 0.0, 0)
+            y1, _, mean1, rstd1 = norm.forward(x2, w1, b1, plan.eps[0], None, 0.0, 0, plan.cast)
             h1 = x2
         else:
             branch2 = readable(branch.reshape(M, C))
-            y1, h1, mean1, rstd1 = norm.forward(branch2, w1, b1, plan.eps[0], x2, p, plan.seeds[0])
-        y1 = y1 if plan.cast is None else y1.to(plan.cast)
+            y1, h1, mean1, rstd1 = norm.forward(
+                branch2, w1, b1, plan.eps[0], x2, p, plan.seeds[0], plan.cast
+            )
         qkv, _ = linear.forward(y1, c_qkv, cb_qkv, None)
         q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
         options = (True, 1.0 / math.sqrt(C // H), p, plan.seeds[1], None)
         a, lse = attention.forward(q, k, v, *options)  # (B, H, T, D)
         a2 = a.transpose(1, 2).reshape(M, C)
         projected, _ = linear.forward(a2, c_o, cb_o, None)
-        y2, h2, mean2, rstd2 = norm.forward(projected, w2, b2, plan.eps[1], h1, p, plan.seeds[2])
-        y2 = y2 if plan.cast is None else y2.to(plan.cast)
+        y2, h2, mean2, rstd2 = norm.forward(
+            projected, w2, b2, plan.eps[1], h1, p, plan.seeds[2], plan.cast
+        )
         out, pre = mlp.forward(y2, c_fc, cb_fc, c_p, cb_p, plan.activation)
         view = torch.ops.aten._unsafe_view.default  # an alias that autograd does not call a view
         h2 = view(h2, (B, T, C))
@@ -99,7 +106,7 @@ class BlockFunction(torch.autograd.Function):
             dout, y2, pre, c_fc, c_p, plan.activation, dtypes[8:12], (True, *need[8:12])
         )
         dprojected, dh1, dw2, db2 = norm.backward(
-            dy2.to(h2.dtype), dh2, h2, w2, mean2, rstd2, projected_dtype, h1.dtype,
+            dy2, dh2, h2, w2, mean2, rstd2, projected_dtype, h1.dtype,
             p, plan.seeds[2], (True, True, *need[6:8]),
         )  # fmt: skip
         da, dw_o, db_o = linear.backward(
@@ -107,15 +114,15 @@ class BlockFunction(torch.autograd.Function):
             (True, *need[4:6]),
         )  # fmt: skip
         q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
-        grads = attention.backward(
+        dqkv = torch.empty_like(qkv)
+        into = dqkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind()
+        attention.backward(
             da.view(B, T, H, C // H).transpose(1, 2), q, k, v, a, lse, *ctx.options,
-            (True, True, True),
+            (True, True, True), into,
         )  # fmt: skip
-        dqkv = torch.stack([g.transpose(1, 2) for g in grads], 2).view(M, 3 * C)
         dy1, dw_qkv, db_qkv = linear.backward(
             dqkv, y1, c_qkv, None, None, *dtypes[2:4], (True, *need[2:4])
         )
-        dy1 = dy1.to(h1.dtype)
         if branch_dtype is None:
             dx, _, dw1, db1 = norm.backward(
                 dy1, None, h1, w1, mean1, rstd1, x_dtype, None, 0.0, 0, (needs[2], False, *need[:2])

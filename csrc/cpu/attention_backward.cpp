@@ -212,8 +212,8 @@ void write_rows(const A* src, int64_t src_stride, int64_t rows, int64_t columns,
 // dq (Tq, D) of head h of batch entry b = scale * sums (Tq, ldd).
 template <typename T, typename A>
 void write_dq(const Args& a, int64_t b, int64_t h, const A* sums, int64_t ldd) {
-  T* dq = static_cast<T*>(a.dq) + (b * a.Tq * a.H + h) * a.D;
-  write_rows(sums, ldd, a.Tq, a.D, static_cast<A>(a.scale), dq, a.H * a.D);
+  T* dq = static_cast<T*>(a.dq) + b * a.dq_b + h * a.dq_h;
+  write_rows(sums, ldd, a.Tq, a.D, static_cast<A>(a.scale), dq, a.dq_t);
 }
 
 // Keys [key_begin, key_end) of key head kv_head of batch entry b; dq (H / Hkv, Tq, ldd) are sums.
@@ -223,8 +223,8 @@ void backward_item(const Args& a, int64_t b, int64_t kv_head, int64_t key_begin,
   const int64_t group = a.H / a.Hkv;
   const T* k = static_cast<const T*>(a.k) + b * a.k_b + kv_head * a.k_h;
   const T* v = static_cast<const T*>(a.v) + b * a.v_b + kv_head * a.v_h;
-  T* dk = static_cast<T*>(a.dk) + (b * a.Tk * a.Hkv + kv_head) * a.D;
-  T* dv = static_cast<T*>(a.dv) + (b * a.Tk * a.Hkv + kv_head) * a.Dv;
+  T* dk = static_cast<T*>(a.dk) + b * a.dk_b + kv_head * a.dk_h;
+  T* dv = static_cast<T*>(a.dv) + b * a.dv_b + kv_head * a.dv_h;
   const Visibility see = visibility(a);
   const Dropout dropout = {a.seed, gptk_keep_threshold(a.dropout_p), a.dropout_p};
 
@@ -247,9 +247,8 @@ void backward_item(const Args& a, int64_t b, int64_t kv_head, int64_t key_begin,
       }
     }
     if (a.dk)
-      write_rows(s.dk, s.ldd, keys, a.D, static_cast<A>(a.scale), dk + key0 * a.Hkv * a.D,
-                 a.Hkv * a.D);
-    if (a.dv) write_rows(s.dv, s.ldv, keys, a.Dv, A(1), dv + key0 * a.Hkv * a.Dv, a.Hkv * a.Dv);
+      write_rows(s.dk, s.ldd, keys, a.D, static_cast<A>(a.scale), dk + key0 * a.dk_t, a.dk_t);
+    if (a.dv) write_rows(s.dv, s.ldv, keys, a.Dv, A(1), dv + key0 * a.dv_t, a.dv_t);
   }
 }
 

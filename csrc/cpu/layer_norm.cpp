@@ -92,14 +92,14 @@ void normalise_row(const Forward& a, const void* rows, int64_t row, Statistics<A
     const A* h = read_block(rows, a.h_dtype, offset, n, h_scratch);
     const A* w = a.weight ? read_block(a.weight, a.weight_dtype, begin, n, w_scratch) : nullptr;
     const A* b = a.bias ? read_block(a.bias, a.bias_dtype, begin, n, b_scratch) : nullptr;
-    A* y = target_block(a.y, a.h_dtype, offset, y_scratch);
+    A* y = target_block(a.y, a.y_dtype, offset, y_scratch);
     for_lanes<A>(
         n, GPTK_LANES {
           const Vec<A> weight = w ? load(w + i, lanes) : one;
           const Vec<A> bias = b ? load(b + i, lanes) : zero<A>();
           store(y + i, fma((load(h + i, lanes) - s.mean) * s.rstd, weight, bias), lanes);
         });
-    write_block(a.y, a.h_dtype, offset, n, y);
+    write_block(a.y, a.y_dtype, offset, n, y);
   }
 }
 
@@ -130,7 +130,7 @@ RowMeans<A> backward_sums(const Backward& a, int64_t row, Statistics<A> s, A* dw
   double total_g = 0, total_gx = 0;
   for (int64_t begin = 0; begin < a.N; begin += BLOCK) {
     const int64_t n = min(a.N - begin, BLOCK), offset = row * a.N + begin;
-    const A* dy = read_block(a.dy, a.h_dtype, offset, n, dy_scratch);
+    const A* dy = read_block(a.dy, a.dy_dtype, offset, n, dy_scratch);
     const A* h = read_block(a.h, a.h_dtype, offset, n, h_scratch);
     const A* w = a.weight ? read_block(a.weight, a.weight_dtype, begin, n, w_scratch) : nullptr;
     A* dw = dweight ? dweight + begin : nullptr;
@@ -161,7 +161,7 @@ void backward_row(const Backward& a, int64_t row, Statistics<A> s, RowMeans<A> m
   const A scale = static_cast<A>(keep_scale(a.dropout_p));
   for (int64_t begin = 0; begin < a.N; begin += BLOCK) {
     const int64_t n = min(a.N - begin, BLOCK), offset = row * a.N + begin;
-    const A* dy = read_block(a.dy, a.h_dtype, offset, n, dy_scratch);
+    const A* dy = read_block(a.dy, a.dy_dtype, offset, n, dy_scratch);
     const A* h = read_block(a.h, a.h_dtype, offset, n, h_scratch);
     const A* w = a.weight ? read_block(a.weight, a.weight_dtype, begin, n, w_scratch) : nullptr;
     const A* dh = a.dh ? read_block(a.dh, a.h_dtype, offset, n, dh_scratch) : nullptr;

@@ -293,6 +293,19 @@ def readable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return tensor.contiguous()
 
 
+def parameter(impl: ModuleType, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight or bias as `impl` reads it for products in `dtype` (None: in its own).
+
+    An implementation whose products round float32 parameters themselves, in the pass that reads
+    them, says so by `rounds_float32(dtype)`; for the others they are cast here.
+    """
+    if dtype is not None and tensor.dtype == torch.float32:
+        rounds = getattr(impl, "rounds_float32", None)
+        if rounds is not None and rounds(dtype):
+            return readable(tensor)
+    return readable(tensor, dtype)
+
+
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run an autograd.Function's forward or backward with autocast off: the casts are done."""
 

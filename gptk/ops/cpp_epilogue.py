@@ -1,32 +1,48 @@
-"""What the C++ backends of linear, mlp and linear_cross_entropy share: torch's matrix product, the
-extension's epilogues (bias + activation, its backward, sums over rows), and the dtypes in between.
-
-A product of 16-bit matrices runs in that dtype only where oneDNN has kernels for it on this CPU.
-Elsewhere torch would loop over elements (measured on AVX2: 60 times slower than converting to
-float32 first), so the operands are widened and the epilogue rounds once.
+"""What the C++ backends of linear, mlp and linear_cross_entropy share: the matrix product with its
+epilogue (the extension's own, see cpp_product.py, or torch's and then the extension's passes over
+the result), and the sums over rows.
 """
-
-import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from gptk.native import ACC, ACTIVATION, DTYPE, load, row_groups, threads
+from gptk.ops.cpp_product import FEW_ROWS, owns, product, product_dtype
 
 
-@functools.cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU should multiply matrices of `dtype`."""
-    if torch.backends.mkldnn.is_available():
-        if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return dtype
-        if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
-            return dtype
-    return ACC[dtype]
+def own(dtype: torch.dtype, rows: int) -> bool:
+    """Is a product with `rows` rows of this dtype the extension's?"""
+    return owns(dtype) and (rows > FEW_ROWS or dtype.itemsize == 2)
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_pre: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, pre): y = activation(pre) (M, N) in x's dtype, pre = x weight^T + bias if it is kept."""
+    dtype = x.dtype
+    if own(dtype, x.shape[0]):
+        return product(x, weight.t(), bias, activation, keep_pre=keep_pre)
+    wide = product_dtype(dtype)
+    x, weight = x.to(wide), weight.to(dtype).to(wide)
+    if activation is None and wide == dtype:
+        return linear(x, weight, None if bias is None else bias.to(dtype)), None
+    return activate(linear(x, weight), bias, activation, dtype, keep_pre)
+
+
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy weight (M, K) in dy's dtype."""
+    dtype = dy.dtype
+    if own(dtype, dy.shape[0]):
+        return product(dy, weight)[0]
+    wide = product_dtype(dtype)
+    return torch.mm(dy.to(wide), weight.to(dtype).to(wide)).to(dtype)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy^T x (N, K) in `dtype`, summed in float32 at least and rounded at most once."""
+    if owns(x.dtype) and dtype in (x.dtype, torch.float32):
+        return product(dy.t(), x, out=dtype)[0]
     wide = torch.promote_types(dtype, product_dtype(x.dtype))
     return torch.mm(dy.to(wide).t(), x.to(wide)).to(dtype)
 

@@ -74,14 +74,18 @@ def backward(
     seed: int | Tensor,
     window: int | None,
     needs: tuple[bool, bool, bool],
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv), each in (B, T, heads, columns) memory."""
+    """(dq, dk, dv): `into`, or each in (B, T, heads, columns) memory."""
     B, H, Tq, D = q.shape
     Hkv, Tk, Dv = v.shape[1:]
     dtype, extension, n_threads = q.dtype, load(), _threads(B * H * Tq * Tk * D)
-    dq = torch.empty((B, Tq, H, D), dtype=dtype) if needs[0] else None
-    dk = torch.empty((B, Tk, Hkv, D), dtype=dtype) if needs[1] else None
-    dv = torch.empty((B, Tk, Hkv, Dv), dtype=dtype) if needs[2] else None
+    if into is None:
+        dq = torch.empty((B, Tq, H, D), dtype=dtype).transpose(1, 2) if needs[0] else None
+        dk = torch.empty((B, Tk, Hkv, D), dtype=dtype).transpose(1, 2) if needs[1] else None
+        dv = torch.empty((B, Tk, Hkv, Dv), dtype=dtype).transpose(1, 2) if needs[2] else None
+    else:
+        dq, dk, dv = into
     scratch = torch.empty(
         extension.attention_backward_scratch(B, H, Hkv, Tq, Tk, D, Dv, n_threads), dtype=ACC[dtype]
     )
@@ -103,6 +107,9 @@ def backward(
         Tk,
         D,
         Dv,
+        *((0, 0, 0) if dq is None else dq.stride()[:3]),
+        *((0, 0, 0) if dk is None else dk.stride()[:3]),
+        *((0, 0, 0) if dv is None else dv.stride()[:3]),
         *dout.stride()[:3],
         *q.stride()[:3],
         *k.stride()[:3],
@@ -116,7 +123,6 @@ def backward(
         DTYPE[dtype],
         n_threads,
     )
-    dq, dk, dv = (None if g is None else g.transpose(1, 2) for g in (dq, dk, dv))
     return dq, dk, dv
 
 

@@ -29,8 +29,10 @@ def backward(
     seed: int | Tensor,
     window: int | None,
     needs: tuple[bool, bool, bool],
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv) in the shapes and dtypes of q, k, v; None where `needs` says False."""
+    """(dq, dk, dv) in the shapes and dtypes of q, k, v; None where `needs` says False. They are
+    `into`, if it is given (any strides, columns adjacent)."""
     B, H, Tq, D = q.shape
     Hkv, Tk, DV = v.shape[1:]
     width, itemsize = max(D, DV), q.element_size()
@@ -73,7 +75,7 @@ def backward(
     dq = dk = dv = None
     if needs[0]:
         block_q, block_k, num_warps, num_stages = triton_dq.launch_config(width, itemsize)
-        dq = _empty_like(q)
+        dq = _empty_like(q) if into is None else into[0]
         arguments = (dq, dout, q, k, v, lse, delta)
         launch(
             attention_dq_kernel,
@@ -92,7 +94,7 @@ def backward(
         block_q, block_k, num_warps, num_stages = triton_dkdv.launch_config(
             width, itemsize, dropout_p > 0.0
         )
-        dk, dv = _empty_like(k), _empty_like(v)
+        dk, dv = (_empty_like(k), _empty_like(v)) if into is None else into[1:]
         pointers = (dk, dv, dout, q, k, v, lse, delta)
         launch(
             attention_dkdv_kernel,

@@ -19,8 +19,9 @@ def forward(
     residual: Tensor | None,
     dropout_p: float,
     seed: int | Tensor,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, h, mean, rstd) for x (M, N); h is None without residual."""
+    """(y, h, mean, rstd) for x (M, N); h is None without residual; y_dtype: default h's."""
     M, N = x.shape
     dtype = x.dtype
     h = None
@@ -28,7 +29,7 @@ def forward(
         if residual.dtype != dtype:
             dtype = torch.promote_types(dtype, residual.dtype)
         h = torch.empty((M, N), dtype=dtype)
-    y = torch.empty((M, N), dtype=dtype)
+    y = torch.empty((M, N), dtype=y_dtype or dtype)
     mean = torch.empty(M, dtype=ACC[dtype])
     rstd = torch.empty(M, dtype=ACC[dtype])
     load().layer_norm_forward(
@@ -45,6 +46,7 @@ def forward(
         eps,
         dropout_p,
         int(seed) & MASK64 if dropout_p else 0,
+        DTYPE[y.dtype],
         DTYPE[x.dtype],
         0 if residual is None else DTYPE[residual.dtype],
         DTYPE[dtype],
@@ -100,6 +102,7 @@ def backward(
         int(seed) & MASK64 if dropout_p else 0,
         DTYPE[x_dtype],
         0 if residual_dtype is None else DTYPE[residual_dtype],
+        DTYPE[dy.dtype],
         DTYPE[h.dtype],
         DTYPE[weight_dtype],
         threads(),

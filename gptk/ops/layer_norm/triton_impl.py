@@ -134,13 +134,15 @@ def forward(
     residual: Tensor | None,
     dropout_p: float,
     seed: int | Tensor,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, h, mean, rstd) of x (M, N): h = residual + dropout(x), None without residual."""
+    """(y, h, mean, rstd) of x (M, N): h = residual + dropout(x), None without residual; y_dtype:
+    default h's."""
     assert residual is not None or dropout_p == 0.0
     M, N = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty((M, N), dtype=dtype, device=x.device)
-    h = None if residual is None else torch.empty_like(y)
+    y = torch.empty((M, N), dtype=y_dtype or dtype, device=x.device)
+    h = None if residual is None else torch.empty((M, N), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=ACC[dtype], device=x.device)
     rstd = torch.empty_like(mean)
     block_m, block_n, num_warps = launch_config(N, mean.element_size())

@@ -11,6 +11,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    parameter,
     readable,
     resolve,
 )
@@ -95,8 +96,8 @@ class LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         dtype, shape = cast or input.dtype, input.shape
         x = readable(input if len(shape) == 2 else input.reshape(-1, shape[-1]), dtype)
-        w = readable(weight, dtype)
-        b = None if bias is None else readable(bias, dtype)
+        w = parameter(impl, weight, dtype)
+        b = None if bias is None else parameter(impl, bias, dtype)
         y, pre = impl.forward(x, w, b, activation)
         ctx.save_for_backward(x, w, pre)
         ctx.impl, ctx.activation, ctx.input = impl, activation, (shape, input.dtype)

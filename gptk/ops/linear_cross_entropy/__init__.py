@@ -1,5 +1,6 @@
 """linear_cross_entropy: the contract, its checks and the one autograd.Function."""
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    parameter,
     readable,
     resolve,
 )
@@ -39,7 +41,8 @@ def linear_cross_entropy(
 
     Returns: the loss, in the input's dtype (under autocast float32, except for float64).
     Raises: as cross_entropy.
-    Memory: one chunk of logits at a time; extra memory does not grow with N * V.
+    Memory: one chunk of logits at a time; extra memory does not grow with N * V. The C++ backend
+        forms the gradients of "mean" and "sum" with the loss, and holds them until backward.
     """
     check_reduction(reduction, label_smoothing)
     check_product("linear_weight", input, linear_weight, linear_bias)
@@ -58,6 +61,11 @@ def linear_cross_entropy(
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
         loss = definition(rows, linear_weight, flat, linear_bias, *options)
+    elif reduction != "none" and hasattr(impl, "loss_and_gradients") and torch.is_grad_enabled():
+        loss = ReducedFunction.apply(
+            impl, rows, linear_weight, linear_bias, flat, *options, cast, reduction
+        )
+        return loss if cast is not None else loss.to(input.dtype)
     else:
         loss = LinearCrossEntropyFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, *options, cast
@@ -84,8 +92,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         cast: torch.dtype | None,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w = readable(input, dtype), readable(weight, dtype)
-        b = None if bias is None else readable(bias, dtype)
+        x, w = readable(input, dtype), parameter(impl, weight, dtype)
+        b = None if bias is None else parameter(impl, bias, dtype)
         target = readable(target)
         loss, lse = impl.forward(x, w, b, target, ignore_index, label_smoothing)
         ctx.save_for_backward(x, w, b, target, lse)
@@ -104,3 +112,65 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         )
         dx = None if dx is None else dx.to(ctx.input_dtype)
         return None, dx, dw, db, None, None, None, None
+
+
+class ReducedFunction(torch.autograd.Function):
+    """The sum or mean of the losses. What each row's loss is multiplied by is known in forward, so
+    the gradients are formed there, from logits that exist once; backward multiplies by the loss's
+    own gradient, where that is not 1. A second backward (retain_graph) forms them again."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any,
+        impl: ModuleType,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        cast: torch.dtype | None,
+        reduction: str,
+    ) -> Tensor:
+        dtype = cast or input.dtype
+        x, w = readable(input, dtype), parameter(impl, weight, dtype)
+        b = None if bias is None else parameter(impl, bias, dtype)
+        target = readable(target)
+        options = (ignore_index, label_smoothing)
+        dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        needs = ctx.needs_input_grad[1:4]
+        if not any(needs):
+            loss, _ = impl.forward(x, w, b, target, *options)
+            return reduce_rows(loss, target, ignore_index, reduction)
+        factor = 1.0
+        if reduction == "mean":
+            counted = int((target != ignore_index).sum())
+            factor = 1 / counted if counted else math.nan
+        acc = torch.promote_types(dtype, torch.float32)
+        dloss = x.new_full((x.shape[0],), factor, dtype=acc)
+        loss, lse, ctx.gradients = impl.loss_and_gradients(
+            x, w, b, target, dloss, *options, *dtypes, needs
+        )
+        ctx.save_for_backward(x, w, b, target, lse, dloss)
+        ctx.impl, ctx.options, ctx.dtypes, ctx.input_dtype = impl, options, dtypes, input.dtype
+        return reduce_rows(loss, target, ignore_index, reduction)
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        x, w, b, target, lse, dloss = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = ctx.impl.backward(
+                dloss, x, w, b, target, lse, *ctx.options, *ctx.dtypes, needs
+            )
+        if upstream != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(upstream)
+        dx, dw, db = gradients
+        dx = None if dx is None else dx.to(ctx.input_dtype)
+        return None, dx, dw, db, None, None, None, None, None

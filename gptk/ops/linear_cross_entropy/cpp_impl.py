@@ -1,8 +1,10 @@
-"""linear_cross_entropy: a chunk of rows at a time, torch's matrix product, then the C++ extension's
-cross-entropy on the chunk's logits; in backward the logits become their own gradient in place.
+"""linear_cross_entropy: a chunk of rows at a time, the matrix product, then the C++ extension's
+cross-entropy on the chunk's logits, which become their own gradient in place.
 
 Logits are float32 (float64 for float64) whatever the inputs' dtype. The chunk's buffer is the only
-memory that depends on V, and it does not depend on the number of rows.
+memory that depends on V, and it does not depend on the number of rows. Where the reduction is known
+the gradients are formed with the loss (`loss_and_gradients`): three products for each chunk; the
+general backward needs the logits again, a fourth.
 """
 
 from collections.abc import Iterator
@@ -12,8 +14,12 @@ from torch import Tensor
 
 from gptk.native import ACC
 from gptk.ops.cpp_epilogue import sum_rows
+from gptk.ops.cpp_product import owns, product
+from gptk.ops.cpp_product import owns as rounds_float32
 from gptk.ops.cross_entropy.cpp_impl import forward as cross_entropy_forward
 from gptk.ops.cross_entropy.cpp_impl import write_dlogits
+
+__all__ = ["backward", "forward", "loss_and_gradients", "rounds_float32", "unsupported"]
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -38,9 +44,8 @@ def forward(
     """(loss, lse), each (N,), for x (N, C), weight (V, C)."""
     N = x.shape[0]
     acc = ACC[x.dtype]
-    loss = torch.empty(N, dtype=acc)
-    lse = torch.empty(N, dtype=acc)
-    for rows, logits, _ in _chunks(x, weight.to(acc), bias, acc):
+    loss, lse = torch.empty(N, dtype=acc), torch.empty(N, dtype=acc)
+    for rows, logits in _Chunks(x, weight, bias).logits():
         part = cross_entropy_forward(logits, target[rows], ignore_index, label_smoothing)
         if logits.shape[0] == N:
             return part
@@ -62,48 +67,105 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); the two sums over rows are kept in the accumulation dtype."""
-    need_dx, need_dweight, need_dbias = needs
+    chunks = _Chunks(x, weight, bias, needs)
+    options = (ignore_index, label_smoothing)
+    for rows, logits in chunks.logits():
+        write_dlogits(logits, dloss[rows], logits, target[rows], lse[rows], *options)
+        chunks.add_gradients(rows, logits)
+    return chunks.gradients(weight_dtype, bias_dtype)
+
+
+def loss_and_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    dloss: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """(loss, lse, gradients): forward and, for a dloss (N,) known beforehand, backward."""
+    N = x.shape[0]
     acc = ACC[x.dtype]
-    wide_weight = weight.to(acc)  # (V, C)
-    dx = torch.empty(x.shape, dtype=acc) if need_dx else None
-    dweight = torch.empty(weight.shape, dtype=acc) if need_dweight else None
-    dbias = None
-    first = True
-    for rows, logits, x_rows in _chunks(x, wide_weight, bias, acc):
-        dlogits = logits
-        write_dlogits(
-            dlogits, dloss[rows], logits, target[rows], lse[rows], ignore_index, label_smoothing
+    loss, lse = torch.empty(N, dtype=acc), torch.empty(N, dtype=acc)
+    chunks = _Chunks(x, weight, bias, needs)
+    options = (ignore_index, label_smoothing)
+    for rows, logits in chunks.logits():
+        loss[rows], lse[rows] = cross_entropy_forward(logits, target[rows], *options)
+        write_dlogits(logits, dloss[rows], logits, target[rows], lse[rows], *options)
+        chunks.add_gradients(rows, logits)
+    return loss, lse, chunks.gradients(weight_dtype, bias_dtype)
+
+
+class _Chunks:
+    """The three products of a chunk, by the extension or by torch (then in the sums' dtype)."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.x, self.compute, self.acc = x, x.dtype, ACC[x.dtype]
+        self.own = owns(x.dtype)
+        self.weight = weight if self.own else weight.to(self.acc)  # (V, C)
+        self.bias = bias if self.own or bias is None else bias.to(self.acc)
+        self.needs, self.first = needs, True
+        self.dx = torch.empty(x.shape, dtype=x.dtype if self.own else self.acc) if needs[0] else None
+        self.dweight = torch.empty(weight.shape, dtype=self.acc) if needs[1] else None
+        self.dbias: Tensor | None = None
+
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their logits in one buffer used again and again), in order."""
+        N, V = self.x.shape[0], self.weight.shape[0]
+        step = min(N, chunk_rows(V))
+        buffer = torch.empty((step, V), dtype=self.acc)
+        for begin in range(0, N, step):
+            rows = slice(begin, min(begin + step, N))
+            logits = buffer[: rows.stop - begin]
+            if self.own:
+                product(self.x[rows], self.weight.t(), self.bias, into=logits)
+            elif self.bias is None:
+                torch.mm(self.x[rows].to(self.acc), self.weight.t(), out=logits)
+            else:
+                torch.addmm(
+                    self.bias, self.x[rows].to(self.acc), self.weight.t(), out=logits
+                )
+            yield rows, logits
+
+    def add_gradients(self, rows: slice, dlogits: Tensor) -> None:
+        """dx of these rows, and their part of dweight and dbias."""
+        if self.dx is not None:
+            if self.own:
+                product(dlogits, self.weight, compute=self.compute, into=self.dx[rows])
+            else:
+                torch.mm(dlogits, self.weight, out=self.dx[rows])
+        if self.dweight is not None:
+            if self.own:
+                product(
+                    dlogits.t(), self.x[rows], compute=self.compute, into=self.dweight,
+                    add=not self.first,
+                )  # fmt: skip
+            else:
+                torch.addmm(
+                    self.dweight, dlogits.t(), self.x[rows].to(self.acc),
+                    beta=0 if self.first else 1, out=self.dweight,
+                )  # fmt: skip
+        if self.needs[2]:
+            part = sum_rows(dlogits, self.acc)
+            self.dbias = part if self.dbias is None else self.dbias.add_(part)
+        self.first = False
+
+    def gradients(
+        self, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dweight, dbias), the sums rounded once."""
+        return (
+            None if self.dx is None else self.dx.to(self.compute),
+            None if self.dweight is None else self.dweight.to(weight_dtype),
+            None if self.dbias is None or bias_dtype is None else self.dbias.to(bias_dtype),
         )
-        if dx is not None:
-            torch.mm(dlogits, wide_weight, out=dx[rows])
-        if dweight is not None:
-            beta = 0 if first else 1
-            torch.addmm(dweight, dlogits.t(), x_rows, beta=beta, out=dweight)
-        if need_dbias:
-            part = sum_rows(dlogits, acc)
-            dbias = part if dbias is None else dbias.add_(part)
-        first = False
-    return (
-        None if dx is None else dx.to(x.dtype),
-        None if dweight is None else dweight.to(weight_dtype),
-        None if dbias is None or bias_dtype is None else dbias.to(bias_dtype),
-    )
-
-
-def _chunks(
-    x: Tensor, wide_weight: Tensor, bias: Tensor | None, acc: torch.dtype
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their logits in one buffer used again and again, x of the rows), in order."""
-    N, V = x.shape[0], wide_weight.shape[0]
-    step = min(N, chunk_rows(V))
-    buffer = torch.empty((step, V), dtype=acc)
-    wide_bias = None if bias is None else bias.to(acc)
-    for begin in range(0, N, step):
-        rows = slice(begin, min(begin + step, N))
-        x_rows = x[rows].to(acc)
-        logits = buffer[: x_rows.shape[0]]
-        if wide_bias is None:
-            torch.mm(x_rows, wide_weight.t(), out=logits)
-        else:
-            torch.addmm(wide_bias, x_rows, wide_weight.t(), out=logits)
-        yield rows, logits, x_rows

@@ -11,6 +11,7 @@ from gptk.ops.contract import (
     is_reference,
     once_differentiable,
     outside_autocast,
+    parameter,
     readable,
     resolve,
 )
@@ -62,7 +63,7 @@ class MlpFunction(torch.autograd.Function):
         *parameters, activation, cast = rest
         dtype, shape = cast or input.dtype, input.shape
         x = readable(input if len(shape) == 2 else input.reshape(-1, shape[-1]), dtype)
-        w1, b1, w2, b2 = (p if p is None else readable(p, dtype) for p in parameters)
+        w1, b1, w2, b2 = (p if p is None else parameter(impl, p, dtype) for p in parameters)
         y, pre = impl.forward(x, w1, b1, w2, b2, activation)
         ctx.save_for_backward(x, pre, w1, w2)
         ctx.impl, ctx.activation, ctx.input = impl, activation, (shape, input.dtype)

@@ -1,20 +1,25 @@
-"""mlp: torch's matrix products with the C++ extension's epilogues (csrc/cpu/gelu.cpp).
+"""mlp: two matrix products with their epilogues (gptk/ops/cpp_epilogue.py).
 
-The activation is not stored: backward computes it from `pre` again, in the pass over `pre` that the
-activation's slope and the first bias gradient need anyway.
+The activation is not stored: backward computes it from `pre` again, where the activation's slope is
+needed anyway (in the epilogue of dy w2, where that product is the extension's).
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as product
 
 from gptk.ops.cpp_epilogue import (
     activate,
     activate_backward,
-    product_dtype,
+    input_gradient,
+    multiply,
+    own,
     sum_rows,
     weight_gradient,
 )
+from gptk.ops.cpp_product import owns as rounds_float32
+from gptk.ops.cpp_product import product
+
+__all__ = ["backward", "forward", "rounds_float32", "unsupported"]
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -31,14 +36,9 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """(y, pre) for x (M, C), w1 (hidden, C), w2 (C_out, hidden)."""
-    dtype = x.dtype
-    wide = product_dtype(dtype)
-    hidden, pre = activate(product(x.to(wide), w1.to(wide)), b1, activation, dtype, keep_pre=True)
+    hidden, pre = multiply(x, w1, b1, activation, keep_pre=True)
     assert pre is not None
-    if wide == dtype:
-        return product(hidden, w2, b2), pre
-    y, _ = activate(product(hidden.to(wide), w2.to(wide)), b2, None, dtype, keep_pre=False)
-    return y, pre
+    return multiply(hidden, w2, b2, None, keep_pre=False)[0], pre
 
 
 def backward(
@@ -54,24 +54,27 @@ def backward(
     """(dx, dw1, db1, dw2, db2)."""
     w1_dtype, b1_dtype, w2_dtype, b2_dtype = dtypes
     need_dx, need_dw1, need_db1, need_dw2, need_db2 = needs
-    wide = product_dtype(x.dtype)
-    dx = dw1 = db1 = dw2 = db2 = None
+    dx = dw1 = db1 = dw2 = db2 = hidden = None
     if need_db2:
         assert b2_dtype is not None
         db2 = sum_rows(dy, b2_dtype)
     if need_dx or need_dw1 or need_db1:
-        dhidden = torch.mm(dy.to(wide), w2.to(wide))
-        dpre, hidden, db1 = activate_backward(
-            dhidden, pre, activation, wide, b1_dtype if need_db1 else None, need_y=need_dw2
-        )
+        if own(x.dtype, x.shape[0]):
+            dpre, hidden = product(
+                dy, w2, activation=activation, slope_of=pre, keep_value=need_dw2
+            )
+            db1 = sum_rows(dpre, b1_dtype) if need_db1 and b1_dtype else None
+        else:
+            dpre, hidden, db1 = activate_backward(
+                input_gradient(dy, w2), pre, activation, x.dtype, b1_dtype if need_db1 else None,
+                need_y=need_dw2,
+            )  # fmt: skip
         if need_dx:
-            dx = torch.mm(dpre, w1.to(wide)).to(x.dtype)
+            dx = input_gradient(dpre, w1)
         if need_dw1:
             dw1 = weight_gradient(dpre, x, w1_dtype)
     elif need_dw2:
-        hidden, _ = activate(pre, None, activation, wide, keep_pre=False)
-    else:
-        hidden = None
+        hidden, _ = activate(pre, None, activation, x.dtype, keep_pre=False)
     if need_dw2:
         assert hidden is not None
         dw2 = weight_gradient(dy, hidden, w2_dtype)

@@ -1,0 +1,277 @@
+// The matrix product and its epilogue: c = activation(a b + bias), or c = (a b) * slope.
+//
+//   for columns of b in blocks of at most 2048            (gemm_plan.h)
+//     for k in passes of at most 384
+//       pack the block of b in panels of two vectors      every thread
+//       for stripes of rows of a, one thread each:
+//         pack the stripe                                 stays in the second-level cache
+//         for panels of b: for rows of the stripe: product_kernel      the panel in the first
+//
+// Goto, van de Geijn, "Anatomy of high-performance matrix multiplication" (2008); the order of the
+// two inner loops and the shared packed b as in BLIS. A kernel's sums go to a tile on the stack,
+// and from there through the epilogue to c while they are in the first-level cache.
+//
+// Threads: panels when packing, then stripes. Each element of c is summed pass by pass, in order,
+// and passes depend on K alone: no result depends on the number of threads.
+#include "activation.h"
+#include "blocks.h"
+#include "gemm_pack.h"
+#include "gemm_plan.h"
+
+namespace gptk {
+namespace GPTK_ISA {
+namespace {
+
+using Args = gptk_gemm_args;
+using namespace gemm_plan;
+
+struct Pass {
+  int64_t n, columns, k, depth;
+  bool first, last;
+};
+
+// The epilogue of one row of a tile, n columns from column j of row i on.
+template <typename A, typename Activation>
+void finish_row(const Args& a, int64_t i, int64_t j, int64_t n, const A* bias, const A* tile) {
+  constexpr int64_t WIDE = 2 * Lanes<A>::value;
+  A c_scratch[WIDE], pre_scratch[WIDE], value_scratch[WIDE], slope_scratch[WIDE];
+  const int64_t offset = i * a.N + j;
+  A* c = target_block(a.c, a.c_dtype, offset, c_scratch);
+  A* pre = a.pre ? target_block(a.pre, a.c_dtype, offset, pre_scratch) : nullptr;
+  A* value = a.value ? target_block(a.value, a.c_dtype, offset, value_scratch) : nullptr;
+  const A* slope_of =
+      a.slope_of ? read_block(a.slope_of, a.slope_dtype, offset, n, slope_scratch) : nullptr;
+  for_lanes<A>(
+      n, GPTK_LANES {
+        Vec<A> x = load(tile + i, lanes);
+        if (bias) x += load(bias + i, lanes);
+        if (pre) store(pre + i, x, lanes);
+        if (slope_of) {
+          const ValueSlope<A> f = Activation::template at<A>(load(slope_of + i, lanes));
+          store(c + i, x * f.slope, lanes);
+          if (value) store(value + i, f.value, lanes);
+        } else {
+          store(c + i, Activation::template at<A>(x).value, lanes);
+        }
+      });
+  if (pre) write_block(a.pre, a.c_dtype, offset, n, pre);
+  if (value) write_block(a.value, a.c_dtype, offset, n, value);
+  write_block(a.c, a.c_dtype, offset, n, c);
+}
+
+template <typename A>
+void finish(const Args& a, int64_t i, int64_t j, int64_t n, const A* bias, const A* tile) {
+  if (a.activation == GPTK_GELU)
+    finish_row<A, GeluErf>(a, i, j, n, bias, tile);
+  else if (a.activation == GPTK_GELU_TANH)
+    finish_row<A, GeluTanh>(a, i, j, n, bias, tile);
+  else
+    finish_row<A, Identity>(a, i, j, n, bias, tile);
+}
+
+// One panel of b, all rows of a stripe. sums: where passes before the last are kept, or null.
+template <typename E, PackedA LAYOUT, typename A = typename ElementOf<E>::acc>
+void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* packed_a, int64_t lda,
+           const E* packed_b, A* sums, int64_t sums_m) {
+  constexpr int W = Lanes<A>::value, PANEL = 2 * W;
+  const int64_t width = smaller(PANEL, pass.columns - n),
+                K = ceil_div(pass.depth, ElementOf<E>::DEPTH);
+  A bias_scratch[PANEL], tile[KERNEL_ROWS * PANEL];
+  const A* bias = a.bias && pass.last
+                      ? read_block(a.bias, a.bias_dtype, pass.n + n, width, bias_scratch)
+                      : nullptr;
+  const bool plain = a.c_dtype == own_dtype<A>() && !a.bias && !a.slope_of &&
+                     a.activation == GPTK_IDENTITY && !a.pre && width == PANEL;
+  for (int64_t m = rows.begin; m < rows.end; m += KERNEL_ROWS) {
+    const int step = static_cast<int>(smaller(KERNEL_ROWS, rows.end - m));
+    const int64_t at = m - rows.begin;
+    const E* a_step = packed_a + (LAYOUT == PackedA::rows ? at * lda : at * K);
+    A* out = tile;
+    int64_t out_m = PANEL;
+    bool add = false;
+    if (!pass.last) {
+      out = sums + m * sums_m + n, out_m = sums_m, add = !pass.first;
+    } else if (plain) {
+      out = static_cast<A*>(a.c) + m * a.N + pass.n + n, out_m = a.N, add = a.add != 0;
+    }
+    if (width > W)
+      product_rows<E, 2, LAYOUT>(step, K, a_step, lda, packed_b, out, out_m, add);
+    else
+      product_rows<E, 1, LAYOUT>(step, K, a_step, lda, packed_b, out, out_m, add);
+    if (!pass.last) continue;
+    for (int i = 0; i < step; i++) {
+      A* row = out + i * out_m;
+      if (!pass.first) {
+        const A* before = sums + (m + i) * sums_m + n;
+        for_lanes<A>(
+            width,
+            GPTK_LANES { store(row + i, load(row + i, lanes) + load(before + i, lanes), lanes); });
+      }
+      if (plain) continue;
+      if (a.add) {
+        const A* before = static_cast<const A*>(a.c) + (m + i) * a.N + pass.n + n;
+        for_lanes<A>(
+            width,
+            GPTK_LANES { store(row + i, load(row + i, lanes) + load(before + i, lanes), lanes); });
+      }
+      finish<A>(a, m + i, pass.n + n, width, bias, row);
+    }
+  }
+}
+
+// --- few rows ------------------------------------------------------------------------------
+// Decoding: as fast as b can be read. b's columns are adjacent along k (a weight of nn.Linear).
+
+// dot[m][c] = sum_k a[m, k] b[k, c] for C columns.
+template <int M, int C, typename TB, typename A>
+void dot_products(const A* a, int64_t K, const TB* b, int64_t b_n, A* dot, int64_t dot_m) {
+  constexpr int W = Lanes<A>::value;
+  Vec<A> sum[M][C];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) sum[m][c] = zero<A>();
+  const auto step = [&](int64_t k, auto lanes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      const Vec<A> column = load(b + c * b_n + k, lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sum[m][c] = fma(load(a + m * K + k, lanes), column, sum[m][c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + W <= K; k += W) step(k, All());
+  if (k < K) step(k, static_cast<int>(K - k));
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) dot[m * dot_m + c] = hsum(sum[m][c]);
+}
+
+template <int M, typename TA, typename TB, typename A> void narrow_product(const Args& a) {
+  constexpr int64_t COLUMNS = 2 * Lanes<A>::value;
+  A* rows = static_cast<A*>(a.scratch);
+  for (int m = 0; m < M; m++) {
+    const TA* from = static_cast<const TA*>(a.a) + m * a.a_m;
+    for (int64_t k = 0; k < a.K; k++) rows[m * a.K + k] = static_cast<A>(to_acc(from[k]));
+  }
+  const int threads = a.N * a.K < (1 << 16) ? 1 : a.threads;
+  parallel_rows(ceil_div(a.N, COLUMNS), threads, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * COLUMNS; n < smaller(last * COLUMNS, a.N); n += COLUMNS) {
+      const int64_t width = smaller(COLUMNS, a.N - n);
+      A tile[M * COLUMNS], bias_scratch[COLUMNS];
+      const TB* b = static_cast<const TB*>(a.b) + n * a.b_n;
+      int64_t c = 0;
+      for (; c + 2 <= width; c += 2)
+        dot_products<M, 2>(rows, a.K, b + c * a.b_n, a.b_n, tile + c, COLUMNS);
+      if (c < width) dot_products<M, 1>(rows, a.K, b + c * a.b_n, a.b_n, tile + c, COLUMNS);
+      const A* bias = a.bias ? read_block(a.bias, a.bias_dtype, n, width, bias_scratch) : nullptr;
+      for (int m = 0; m < M; m++) {
+        if (a.add) {
+          const A* before = static_cast<const A*>(a.c) + m * a.N + n;
+          for (int64_t i = 0; i < width; i++) tile[m * COLUMNS + i] += before[i];
+        }
+        finish<A>(a, m, n, width, bias, tile + m * COLUMNS);
+      }
+    }
+  });
+}
+
+template <typename TA, typename TB, typename A> void narrow_product(const Args& a) {
+  switch (a.M) {
+  case 1:
+    return narrow_product<1, TA, TB, A>(a);
+  case 2:
+    return narrow_product<2, TA, TB, A>(a);
+  case 3:
+    return narrow_product<3, TA, TB, A>(a);
+  default:
+    return narrow_product<4, TA, TB, A>(a);
+  }
+}
+
+// --- the product ---------------------------------------------------------------------------
+
+template <typename E, typename TA, typename TB, typename A = typename ElementOf<E>::acc>
+void product(const Args& a) {
+  constexpr int PANEL = 2 * Lanes<A>::value;
+  if (a.M == 0 || a.N == 0) return;
+  if (a.M <= NARROW && a.a_k == 1 && a.b_k == 1) return narrow_product<TA, TB, A>(a);
+  const TA* source_a = static_cast<const TA*>(a.a);
+  const TB* source_b = static_cast<const TB*>(a.b);
+  const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
+  const int64_t block = columns(a.N), deep = depth(a.K), tall = stripe_rows(a.M);
+  A* sums = static_cast<A*>(a.scratch);
+  E* packed_b = reinterpret_cast<E*>(sums + gemm_plan::sums(a.M, a.N, a.K));
+  E* packed_a =
+      reinterpret_cast<E*>(reinterpret_cast<A*>(packed_b) + gemm_plan::packed_b(a.N, a.K));
+  for (int64_t n = 0; n < a.N; n += block) {
+    const int64_t wide = smaller(block, a.N - n);
+    for (int64_t k = 0; k == 0 || k < a.K; k += larger(deep, 1)) {
+      const Pass pass = {n, wide, k, smaller(deep, a.K - k), k == 0, k + deep >= a.K};
+      const int64_t K = ceil_div(pass.depth, ElementOf<E>::DEPTH), lda = K + PADDING;
+      parallel_chunks(ceil_div(wide, PANEL), 4, threads, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; p++)
+          pack_b_panel(source_b + k * a.b_k + (n + p * PANEL) * a.b_n, a.b_k, a.b_n, pass.depth,
+                       smaller(PANEL, wide - p * PANEL), packed_b + p * PANEL * K);
+      });
+      parallel_for_threads(ceil_div(a.M, tall), threads, [&](int64_t stripe, int thread) {
+        const Range rows = {stripe * tall, smaller(stripe * tall + tall, a.M)};
+        E* own = reinterpret_cast<E*>(reinterpret_cast<A*>(packed_a) +
+                                      thread * gemm_plan::packed_a(a.M, a.K));
+        const TA* from = source_a + rows.begin * a.a_m + k * a.a_k;
+        const int64_t height = rows.end - rows.begin;
+        if (a.a_k == 1) {
+          pack_a_rows(from, a.a_m, height, pass.depth, lda, own);
+          for (int64_t p = 0; p * PANEL < wide; p++)
+            panel<E, PackedA::rows>(a, pass, p * PANEL, rows, own, lda, packed_b + p * PANEL * K,
+                                    sums, block);
+        } else {
+          pack_columns(from, a.a_k, height, pass.depth, own);
+          for (int64_t p = 0; p * PANEL < wide; p++)
+            panel<E, PackedA::panels>(a, pass, p * PANEL, rows, own, lda, packed_b + p * PANEL * K,
+                                      sums, block);
+        }
+      });
+    }
+  }
+}
+
+template <typename E, typename TA, typename Half> void product_of_16_bits(const Args& a) {
+  if (a.b_dtype == GPTK_FLOAT32)
+    product<E, TA, Rounded<Half>>(a);
+  else
+    product<E, TA, Half>(a);
+}
+
+template <typename E, typename Half> void product_of_16_bits(const Args& a) {
+  if (a.a_dtype == GPTK_FLOAT32)
+    product_of_16_bits<E, Rounded<Half>, Half>(a);
+  else
+    product_of_16_bits<E, Half, Half>(a);
+}
+
+template <typename TA> void product_of_floats(const Args& a) {
+  if (a.b_dtype == GPTK_FLOAT32)
+    product<float, TA, float>(a);
+  else if (a.b_dtype == GPTK_BFLOAT16)
+    product<float, TA, bf16>(a);
+  else
+    product<float, TA, fp16>(a);
+}
+
+}  // namespace
+
+void gemm(const gptk_gemm_args& a) {
+  if (a.compute == GPTK_FLOAT64) return product<double, double, double>(a);
+  if (a.compute == GPTK_FLOAT16) return product_of_16_bits<float, fp16>(a);
+#if defined(__AVX512BF16__)
+  if (a.compute == GPTK_BFLOAT16) return product_of_16_bits<Pair, bf16>(a);
+#else
+  if (a.compute == GPTK_BFLOAT16) return product_of_16_bits<float, bf16>(a);
+#endif
+  if (a.a_dtype == GPTK_FLOAT32) return product_of_floats<float>(a);
+  if (a.a_dtype == GPTK_BFLOAT16) return product_of_floats<bf16>(a);
+  return product_of_floats<fp16>(a);
+}
+
+}  // namespace GPTK_ISA
+}  // namespace gptk

@@ -1,0 +1,56 @@
+// How a matrix product is cut into work items, and how much scratch it needs. Functions of the
+// shape alone (scratch: and of the thread count), so that results never depend on the thread count.
+// Shared by the kernels, which are compiled once per ISA, and by the bindings: all static.
+#pragma once
+
+#include <stdint.h>
+
+namespace gptk {
+namespace gemm_plan {
+
+enum : int64_t {
+  MOST_DEPTH = 384,     // k of one pass: a panel of b (16 or 32 columns) stays in the first level
+  MOST_COLUMNS = 2048,  // of b packed at once: 3 MB of float32
+  MOST_ROWS = 96,       // of a packed at once: 150 KB of float32, in the second level
+  STRIPES = 24,         // row stripes that keep every core of a usual machine busy
+  WIDEST_PANEL = 32,
+  ROW_STEP = 24,  // a multiple of every kernel's rows: 4, 6, 8
+  NARROW = 4,     // rows of a below which packing b would cost more than the product
+  PADDING = 16,   // elements after each row of a packed a: rows fall into different cache sets
+};
+
+static inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// K cut into equal passes, even for the sake of bf16 pairs.
+static inline int64_t depth(int64_t K) {
+  const int64_t passes = ceil_div(K, MOST_DEPTH);
+  return passes > 1 ? ceil_div(ceil_div(K, passes), 8) * 8 : K;
+}
+
+static inline int64_t columns(int64_t N) {
+  const int64_t passes = ceil_div(N, MOST_COLUMNS);
+  return ceil_div(ceil_div(N, passes > 0 ? passes : 1), WIDEST_PANEL) * WIDEST_PANEL;
+}
+
+static inline int64_t stripe_rows(int64_t M) {
+  const int64_t rows = ceil_div(ceil_div(M, STRIPES), ROW_STEP) * ROW_STEP;
+  return rows < MOST_ROWS ? rows : MOST_ROWS;
+}
+
+// Elements of scratch: one packed block of b, a stripe of a per thread, sums of a pass in between.
+static inline int64_t packed_b(int64_t N, int64_t K) { return columns(N) * (depth(K) + 1); }
+static inline int64_t packed_a(int64_t M, int64_t K) {
+  return stripe_rows(M) * (depth(K) + 1 + PADDING);
+}
+static inline int64_t sums(int64_t M, int64_t N, int64_t K) {
+  return depth(K) < K ? M * columns(N) : 0;
+}
+// A few rows of a against all of b, once: b is read where it lies, a is kept as acc.
+static inline int64_t narrow_a(int64_t M, int64_t K) { return M <= NARROW ? M * K : 0; }
+
+static inline int64_t gemm_scratch(int64_t M, int64_t N, int64_t K, int64_t threads) {
+  return narrow_a(M, K) + sums(M, N, K) + packed_b(N, K) + threads * packed_a(M, K);
+}
+
+}  // namespace gemm_plan
+}  // namespace gptk

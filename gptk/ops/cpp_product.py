@@ -1,0 +1,103 @@
+"""Matrix products on the CPU: the extension's own (csrc/cpu/gemm.cpp) or torch's (oneDNN, MKL).
+
+Which one is a committed, measured table, OWN. The extension's product does in the same pass what
+would else be passes of their own: it rounds float32 operands to the compute dtype while it packs
+them, adds the bias, applies the activation or its slope, and writes float32 sums of 16-bit products.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gptk.native import ACC, ACTIVATION, DTYPE, isa, load, threads
+
+OWN: dict[str, dict[torch.dtype, float]] = {
+    "avx512": {torch.float32: 0.95, torch.float16: 0.95},
+    "avx512_bf16": {torch.float32: 0.95, torch.float16: 0.95, torch.bfloat16: 1.03},
+}
+"""Instruction set -> compute dtype -> time of the extension's product over torch's, where the
+extension's is taken: the median over a training step's products, by benchmarks/crossover.py on an
+AMD EPYC with AVX-512 BF16, 2 threads. 1.03 pays, as a bf16 step needs fewer passes around it. With
+AVX2 torch's float32 product is faster (0.9 to 1.5), without AVX2 both are unmeasured: torch's."""
+
+FEW_ROWS = 4
+"""Up to so many rows of a 32-bit product are torch's: the extension's sums are less exact there."""
+
+
+def owns(compute: torch.dtype) -> bool:
+    """Are products in this dtype the extension's?"""
+    return compute in OWN.get(isa(), ())
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch should multiply matrices of `dtype` on this CPU.
+
+    A product of 16-bit matrices runs in that dtype only where oneDNN has kernels for it. Elsewhere
+    torch would loop over elements (measured on AVX2: 60 times slower than converting to float32).
+    """
+    if torch.backends.mkldnn.is_available():
+        if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return dtype
+        if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return dtype
+    return ACC[dtype]
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    compute: torch.dtype | None = None,
+    out: torch.dtype | None = None,
+    keep_pre: bool = False,
+    slope_of: Tensor | None = None,
+    keep_value: bool = False,
+    into: Tensor | None = None,
+    add: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """c = activation(a b + bias), or c = (a b) * activation'(slope_of), by the extension.
+
+    Args:
+        a: (M, K), b: (K, N); one stride of each is 1.
+        compute: dtype that a and b are rounded to before they are multiplied (default a's).
+        out: dtype of the results (default a's).
+        keep_pre: also return a b + bias. keep_value: also return activation(slope_of).
+        into: c, contiguous, instead of new memory; add: c += a b (float32, no epilogue).
+    """
+    M, K = a.shape
+    N = b.shape[1]
+    compute = a.dtype if compute is None else compute
+    c = torch.empty((M, N), dtype=out or a.dtype) if into is None else into
+    other = torch.empty((M, N), dtype=c.dtype) if keep_pre or keep_value else None
+    address = 0 if other is None else other.data_ptr()
+    extension, n_threads = load(), threads()
+    scratch = torch.empty(extension.gemm_scratch(M, N, K, n_threads), dtype=ACC[compute])
+    extension.gemm(
+        c.data_ptr(),
+        address if keep_pre else 0,
+        address if keep_value else 0,
+        scratch.data_ptr(),
+        a.data_ptr(),
+        b.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if slope_of is None else slope_of.data_ptr(),
+        M,
+        N,
+        K,
+        *a.stride(),
+        *b.stride(),
+        add,
+        ACTIVATION[activation],
+        DTYPE[compute],
+        DTYPE[c.dtype],
+        DTYPE[a.dtype],
+        DTYPE[b.dtype],
+        0 if bias is None else DTYPE[bias.dtype],
+        0 if slope_of is None else DTYPE[slope_of.dtype],
+        n_threads,
+    )
+    return c, other
