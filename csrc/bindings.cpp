@@ -94,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "gemm", gptk_gemm, &A::c, &A::pre, &A::value, &A::scratch, &A::a, &A::b, &A::bias,
          &A::slope_of, &A::M, &A::N, &A::K, &A::a_m, &A::a_k, &A::b_k, &A::b_n, &A::add,
          &A::activation, &A::compute, &A::c_dtype, &A::a_dtype, &A::b_dtype, &A::bias_dtype,
-         &A::slope_dtype, &A::threads);
+         &A::threads);
     m.def("gemm_scratch", &gptk::gemm_plan::gemm_scratch);
   }
   {

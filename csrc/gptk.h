@@ -98,10 +98,10 @@ struct gptk_gemm_args {
   const void* a;        /* (M, K) a_dtype */
   const void* b;        /* (K, N) b_dtype */
   const void* bias;     /* (N,) bias_dtype, or NULL */
-  const void* slope_of; /* (M, N) slope_dtype, or NULL */
+  const void* slope_of; /* (M, N) c_dtype, or NULL */
   int64_t M, N, K, a_m, a_k, b_k, b_n;
   int32_t add; /* 1: c += a b, for a c of acc and no epilogue */
-  int32_t activation, compute, c_dtype, a_dtype, b_dtype, bias_dtype, slope_dtype;
+  int32_t activation, compute, c_dtype, a_dtype, b_dtype, bias_dtype;
   int32_t threads;
 };
 

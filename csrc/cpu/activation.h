@@ -45,8 +45,9 @@ struct GeluTanh {
                         : A(20);  // exp(2u(limit)) is just below the largest number
     const A two_c = A(1.59576912160573071176), cubic = A(0.044715);
     const Vec<A> inside = clamp<A>(x, limit), square = inside * inside;
-    const Vec<A> e = exp(inside * fma(square, broadcast<A>(-two_c * cubic), broadcast<A>(-two_c)));
-    const Vec<A> s = 1 / (1 + e);  // sigmoid(2u); 1 - s = e s
+    const Vec<A> e =
+        exp_flush(inside * fma(square, broadcast<A>(-two_c * cubic), broadcast<A>(-two_c)));
+    const Vec<A> s = reciprocal(1 + e);  // sigmoid(2u); 1 - s = e s
     const Vec<A> two_du = fma(square, broadcast<A>(two_c * 3 * cubic), broadcast<A>(two_c));
     const Vec<A> slope = fma(inside * (e * s) * s, two_du, s);
     return {select(x < -limit, zero<A>(), x * s), select(x < -limit, zero<A>(), slope)};

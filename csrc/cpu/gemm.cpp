@@ -30,49 +30,64 @@ struct Pass {
   bool first, last;
 };
 
-// The epilogue of one row of a tile, n columns from column j of row i on.
-template <typename A, typename Activation>
-void finish_row(const Args& a, int64_t i, int64_t j, int64_t n, const A* bias, const A* tile) {
-  constexpr int64_t WIDE = 2 * Lanes<A>::value;
-  A c_scratch[WIDE], pre_scratch[WIDE], value_scratch[WIDE], slope_scratch[WIDE];
-  const int64_t offset = i * a.N + j;
-  A* c = target_block(a.c, a.c_dtype, offset, c_scratch);
-  A* pre = a.pre ? target_block(a.pre, a.c_dtype, offset, pre_scratch) : nullptr;
-  A* value = a.value ? target_block(a.value, a.c_dtype, offset, value_scratch) : nullptr;
-  const A* slope_of =
-      a.slope_of ? read_block(a.slope_of, a.slope_dtype, offset, n, slope_scratch) : nullptr;
-  for_lanes<A>(
-      n, GPTK_LANES {
-        Vec<A> x = load(tile + i, lanes);
-        if (bias) x += load(bias + i, lanes);
-        if (pre) store(pre + i, x, lanes);
-        if (slope_of) {
-          const ValueSlope<A> f = Activation::template at<A>(load(slope_of + i, lanes));
-          store(c + i, x * f.slope, lanes);
-          if (value) store(value + i, f.value, lanes);
-        } else {
-          store(c + i, Activation::template at<A>(x).value, lanes);
-        }
-      });
-  if (pre) write_block(a.pre, a.c_dtype, offset, n, pre);
-  if (value) write_block(a.value, a.c_dtype, offset, n, value);
-  write_block(a.c, a.c_dtype, offset, n, c);
+// From sums in a tile (rows, PANEL) to c: n columns from column j of row i on.
+template <typename A>
+using Finish = void (*)(const Args& a, int64_t i, int rows, int64_t j, int64_t n, const A* bias,
+                        const A* tile, int64_t tile_m);
+
+template <typename A, typename T, typename Activation, bool SLOPE>
+void finish_tile(const Args& a, int64_t i, int rows, int64_t j, int64_t n, const A* bias,
+                 const A* tile, int64_t tile_m) {
+  int64_t offset = i * a.N + j;
+  for (int row = 0; row < rows; row++, offset += a.N, tile += tile_m) {
+    T* c = static_cast<T*>(a.c) + offset;
+    T* other = SLOPE ? static_cast<T*>(a.value) : static_cast<T*>(a.pre);
+    if (other) other += offset;
+    for_lanes<A>(
+        n, GPTK_LANES {
+          Vec<A> x = load(tile + i, lanes);
+          if constexpr (SLOPE) {
+            const T* slope_of = static_cast<const T*>(a.slope_of) + offset;
+            const ValueSlope<A> f = Activation::template at<A>(load(slope_of + i, lanes));
+            store(c + i, x * f.slope, lanes);
+            if (other) store(other + i, f.value, lanes);
+          } else {
+            if (bias) x += load(bias + i, lanes);
+            if (other) store(other + i, x, lanes);
+            store(c + i, Activation::template at<A>(x).value, lanes);
+          }
+        });
+  }
 }
 
-template <typename A>
-void finish(const Args& a, int64_t i, int64_t j, int64_t n, const A* bias, const A* tile) {
-  if (a.activation == GPTK_GELU)
-    finish_row<A, GeluErf>(a, i, j, n, bias, tile);
-  else if (a.activation == GPTK_GELU_TANH)
-    finish_row<A, GeluTanh>(a, i, j, n, bias, tile);
-  else
-    finish_row<A, Identity>(a, i, j, n, bias, tile);
+template <typename A, typename T, typename Activation> Finish<A> finish_for(const Args& a) {
+  return a.slope_of ? finish_tile<A, T, Activation, true> : finish_tile<A, T, Activation, false>;
+}
+template <typename A, typename T> Finish<A> finish_for(const Args& a) {
+  if (a.activation == GPTK_GELU) return finish_for<A, T, GeluErf>(a);
+  if (a.activation == GPTK_GELU_TANH) return finish_for<A, T, GeluTanh>(a);
+  return finish_for<A, T, Identity>(a);
+}
+template <typename A> Finish<A> finish_for(const Args& a) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return finish_for<A, double>(a);
+  } else {
+    if (a.c_dtype == GPTK_BFLOAT16) return finish_for<A, bf16>(a);
+    if (a.c_dtype == GPTK_FLOAT16) return finish_for<A, fp16>(a);
+    return finish_for<A, float>(a);
+  }
+}
+
+// row (n,) += before (n,)
+template <typename A> GPTK_INLINE void add_row(A* row, const A* before, int64_t n) {
+  for_lanes<A>(
+      n, GPTK_LANES { store(row + i, load(row + i, lanes) + load(before + i, lanes), lanes); });
 }
 
 // One panel of b, all rows of a stripe. sums: where passes before the last are kept, or null.
 template <typename E, PackedA LAYOUT, typename A = typename ElementOf<E>::acc>
 void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* packed_a, int64_t lda,
-           const E* packed_b, A* sums, int64_t sums_m) {
+           const E* packed_b, A* sums, int64_t sums_m, Finish<A> finish) {
   constexpr int W = Lanes<A>::value, PANEL = 2 * W;
   const int64_t width = smaller(PANEL, pass.columns - n),
                 K = ceil_div(pass.depth, ElementOf<E>::DEPTH);
@@ -100,22 +115,11 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
       product_rows<E, 1, LAYOUT>(step, K, a_step, lda, packed_b, out, out_m, add);
     if (!pass.last) continue;
     for (int i = 0; i < step; i++) {
-      A* row = out + i * out_m;
-      if (!pass.first) {
-        const A* before = sums + (m + i) * sums_m + n;
-        for_lanes<A>(
-            width,
-            GPTK_LANES { store(row + i, load(row + i, lanes) + load(before + i, lanes), lanes); });
-      }
-      if (plain) continue;
-      if (a.add) {
-        const A* before = static_cast<const A*>(a.c) + (m + i) * a.N + pass.n + n;
-        for_lanes<A>(
-            width,
-            GPTK_LANES { store(row + i, load(row + i, lanes) + load(before + i, lanes), lanes); });
-      }
-      finish<A>(a, m + i, pass.n + n, width, bias, row);
+      if (!pass.first) add_row(out + i * out_m, sums + (m + i) * sums_m + n, width);
+      if (a.add && !plain)
+        add_row(out + i * out_m, static_cast<const A*>(a.c) + (m + i) * a.N + pass.n + n, width);
     }
+    if (!plain) finish(a, m, step, pass.n + n, width, bias, out, out_m);
   }
 }
 
@@ -154,6 +158,7 @@ template <int M, typename TA, typename TB, typename A> void narrow_product(const
     for (int64_t k = 0; k < a.K; k++) rows[m * a.K + k] = static_cast<A>(to_acc(from[k]));
   }
   const int threads = a.N * a.K < (1 << 16) ? 1 : a.threads;
+  const Finish<A> finish = finish_for<A>(a);
   parallel_rows(ceil_div(a.N, COLUMNS), threads, [&](int64_t first, int64_t last) {
     for (int64_t n = first * COLUMNS; n < smaller(last * COLUMNS, a.N); n += COLUMNS) {
       const int64_t width = smaller(COLUMNS, a.N - n);
@@ -169,8 +174,8 @@ template <int M, typename TA, typename TB, typename A> void narrow_product(const
           const A* before = static_cast<const A*>(a.c) + m * a.N + n;
           for (int64_t i = 0; i < width; i++) tile[m * COLUMNS + i] += before[i];
         }
-        finish<A>(a, m, n, width, bias, tile + m * COLUMNS);
       }
+      finish(a, 0, M, n, width, bias, tile, COLUMNS);
     }
   });
 }
@@ -199,6 +204,7 @@ void product(const Args& a) {
   const TB* source_b = static_cast<const TB*>(a.b);
   const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
   const int64_t block = columns(a.N), deep = depth(a.K), tall = stripe_rows(a.M);
+  const Finish<A> finish = finish_for<A>(a);
   A* sums = static_cast<A*>(a.scratch);
   E* packed_b = reinterpret_cast<E*>(sums + gemm_plan::sums(a.M, a.N, a.K));
   E* packed_a =
@@ -223,12 +229,12 @@ void product(const Args& a) {
           pack_a_rows(from, a.a_m, height, pass.depth, lda, own);
           for (int64_t p = 0; p * PANEL < wide; p++)
             panel<E, PackedA::rows>(a, pass, p * PANEL, rows, own, lda, packed_b + p * PANEL * K,
-                                    sums, block);
+                                    sums, block, finish);
         } else {
           pack_columns(from, a.a_k, height, pass.depth, own);
           for (int64_t p = 0; p * PANEL < wide; p++)
             panel<E, PackedA::panels>(a, pass, p * PANEL, rows, own, lda, packed_b + p * PANEL * K,
-                                      sums, block);
+                                      sums, block, finish);
         }
       });
     }

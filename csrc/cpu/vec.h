@@ -176,12 +176,17 @@ template <typename V> GPTK_INLINE auto hmax(V v) -> decltype(v[0] + 0) {
 
 GPTK_INLINE VecF widen(VecU16 h, bf16) { return (VecF)(__builtin_convertvector(h, VecU32) << 16); }
 
+#if defined(__AVX512BF16__)
+// Of results below 2^-126 it makes 0.
+GPTK_INLINE VecU16 narrow(VecF x, bf16) { return (VecU16)_mm512_cvtneps_pbh(x); }
+#else
 GPTK_INLINE VecU16 narrow(VecF x, bf16) {
   VecU32 u = (VecU32)x;
   VecU32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   VecU32 quiet_nan = (u >> 16) | 0x40u;
   return __builtin_convertvector((VecU32)(x == x ? rounded : quiet_nan), VecU16);
 }
+#endif
 
 #if defined(__AVX512F__)
 GPTK_INLINE VecF widen(VecU16 h, fp16) { return _mm512_cvtph_ps((__m256i)h); }

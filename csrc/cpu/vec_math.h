@@ -53,6 +53,17 @@ GPTK_INLINE VecD exp(VecD x) {
 }
 GPTK_INLINE VecD exp_flush(VecD x) { return exp(x); }
 
+// 1 / x for normal x with a normal result (else 0 is a possible answer); error below 1 ulp.
+GPTK_INLINE VecF reciprocal(VecF x) {
+#if defined(__AVX512F__)
+  const VecF r = _mm512_rcp14_ps(x);  // relative error below 2^-14, squared by a Newton step
+  return fma(fma(-x, r, broadcast(1.0f)), r, r);
+#else
+  return 1.0f / x;
+#endif
+}
+GPTK_INLINE VecD reciprocal(VecD x) { return 1.0 / x; }
+
 // P(Z > x) = erfc(x / sqrt 2) / 2 for x >= 0, given density = exp(-x^2 / 2).
 // float: density * k Q(k), k = 1 / (1 + x / 4); relative error below 3e-7.
 GPTK_INLINE VecF normal_tail(VecF x, VecF density) {

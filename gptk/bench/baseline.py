@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """model(idx, targets) -> mean loss."""
+    """model(idx, targets) -> the loss."""
 
     def __init__(self, c: GPTConfig) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
 
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
         x = F.dropout(x, self.p) if self.training and self.p else x
         for block in self.h:
             x = block(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 def load(model: GPT, ours: nn.Module) -> None:

@@ -263,12 +263,12 @@ def test_step(step_case: tuple[str, str], roofline: Any, record: Any, request: A
 
 
 def measure_steps(size: str, config: pytest.Config) -> dict[str, Any]:
-    """Every provider's step, in turns; a provider whose loss is wrong has a verdict only."""
+    """Every provider's step, in turns; a provider whose losses are wrong has a verdict only."""
     device = config.getoption("bench_device")
     dtypes = [DTYPES[d] for d in chosen_dtypes(config)]
     found = models.providers(size, dtypes, chosen_backends(config), device)
     verdicts = models.verdicts(found)
-    steps = {name: p.step for name, p in found.items() if verdicts[name].passed}
+    steps = {name: found[name].step for name, verdict in verdicts.items() if verdict.passed}
     return {
         "verdicts": verdicts,
         "memory": {name: measure.peak_memory(step, device) for name, step in steps.items()},

@@ -97,7 +97,6 @@ def product(
         DTYPE[a.dtype],
         DTYPE[b.dtype],
         0 if bias is None else DTYPE[bias.dtype],
-        0 if slope_of is None else DTYPE[slope_of.dtype],
         n_threads,
     )
     return c, other
