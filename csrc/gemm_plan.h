@@ -9,9 +9,10 @@ namespace gptk {
 namespace gemm_plan {
 
 enum : int64_t {
-  MOST_DEPTH = 384,     // k of one pass: a panel of b (16 or 32 columns) stays in the first level
-  MOST_COLUMNS = 2048,  // of b packed at once: 3 MB of float32
-  MOST_ROWS = 96,       // of a packed at once: 150 KB of float32, in the second level
+  MOST_DEPTH = 1536,       // k of one pass: between passes sums go through memory
+  MOST_PACKED = 3 << 19,   // elements of b packed at once: 6 MB of float32, 3 MB of bf16
+  MOST_ROWS = 96,          // of a packed at once: 590 KB of float32, in the second level
+  CHUNK = 384,             // elements summed in registers before they are added to a tile
   STRIPES = 24,         // row stripes that keep every core of a usual machine busy
   WIDEST_PANEL = 32,
   ROW_STEP = 24,  // a multiple of every kernel's rows: 4, 6, 8
@@ -27,8 +28,8 @@ static inline int64_t depth(int64_t K) {
   return passes > 1 ? ceil_div(ceil_div(K, passes), 8) * 8 : K;
 }
 
-static inline int64_t columns(int64_t N) {
-  const int64_t passes = ceil_div(N, MOST_COLUMNS);
+static inline int64_t columns(int64_t N, int64_t K) {
+  const int64_t passes = ceil_div(N, MOST_PACKED / (depth(K) > CHUNK ? depth(K) : CHUNK));
   return ceil_div(ceil_div(N, passes > 0 ? passes : 1), WIDEST_PANEL) * WIDEST_PANEL;
 }
 
@@ -38,12 +39,12 @@ static inline int64_t stripe_rows(int64_t M) {
 }
 
 // Elements of scratch: one packed block of b, a stripe of a per thread, sums of a pass in between.
-static inline int64_t packed_b(int64_t N, int64_t K) { return columns(N) * (depth(K) + 1); }
+static inline int64_t packed_b(int64_t N, int64_t K) { return columns(N, K) * (depth(K) + 1); }
 static inline int64_t packed_a(int64_t M, int64_t K) {
   return stripe_rows(M) * (depth(K) + 1 + PADDING);
 }
 static inline int64_t sums(int64_t M, int64_t N, int64_t K) {
-  return depth(K) < K ? M * columns(N) : 0;
+  return depth(K) < K ? M * columns(N, K) : 0;
 }
 // A few rows of a against all of b, once: b is read where it lies, a is kept as acc.
 static inline int64_t narrow_a(int64_t M, int64_t K) { return M <= NARROW ? M * K : 0; }

@@ -1,11 +1,11 @@
 // The matrix product and its epilogue: c = activation(a b + bias), or c = (a b) * slope.
 //
-//   for columns of b in blocks of at most 2048            (gemm_plan.h)
-//     for k in passes of at most 384
+//   for columns of b in blocks                            (gemm_plan.h)
+//     for k in passes of at most 1536
 //       pack the block of b in panels of two vectors      every thread
 //       for stripes of rows of a, one thread each:
 //         pack the stripe                                 stays in the second-level cache
-//         for panels of b: for rows of the stripe: product_kernel      the panel in the first
+//         for panels of b: for rows of the stripe: product_kernel, a chunk of k at a time
 //
 // Goto, van de Geijn, "Anatomy of high-performance matrix multiplication" (2008); the order of the
 // two inner loops and the shared packed b as in BLIS. A kernel's sums go to a tile on the stack,
@@ -24,6 +24,7 @@ namespace {
 
 using Args = gptk_gemm_args;
 using namespace gemm_plan;
+
 
 struct Pass {
   int64_t n, columns, k, depth;
@@ -109,10 +110,17 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
     } else if (plain) {
       out = static_cast<A*>(a.c) + m * a.N + pass.n + n, out_m = a.N, add = a.add != 0;
     }
-    if (width > W)
-      product_rows<E, 2, LAYOUT>(step, K, a_step, lda, packed_b, out, out_m, add);
-    else
-      product_rows<E, 1, LAYOUT>(step, K, a_step, lda, packed_b, out, out_m, add);
+    for (int64_t k = 0; k == 0 || k < K; k += CHUNK) {
+      const E* a_chunk = a_step + (LAYOUT == PackedA::rows ? k : k * KERNEL_ROWS);
+      const E* b_chunk = packed_b + k * PANEL;
+      const bool more = add || k > 0;
+      if (width > W)
+        product_rows<E, 2, LAYOUT>(step, smaller(CHUNK, K - k), a_chunk, lda, b_chunk, out, out_m,
+                                   more);
+      else
+        product_rows<E, 1, LAYOUT>(step, smaller(CHUNK, K - k), a_chunk, lda, b_chunk, out, out_m,
+                                   more);
+    }
     if (!pass.last) continue;
     for (int i = 0; i < step; i++) {
       if (!pass.first) add_row(out + i * out_m, sums + (m + i) * sums_m + n, width);
@@ -203,7 +211,7 @@ void product(const Args& a) {
   const TA* source_a = static_cast<const TA*>(a.a);
   const TB* source_b = static_cast<const TB*>(a.b);
   const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
-  const int64_t block = columns(a.N), deep = depth(a.K), tall = stripe_rows(a.M);
+  const int64_t block = columns(a.N, a.K), deep = depth(a.K), tall = stripe_rows(a.M);
   const Finish<A> finish = finish_for<A>(a);
   A* sums = static_cast<A*>(a.scratch);
   E* packed_b = reinterpret_cast<E*>(sums + gemm_plan::sums(a.M, a.N, a.K));
@@ -214,7 +222,7 @@ void product(const Args& a) {
     for (int64_t k = 0; k == 0 || k < a.K; k += larger(deep, 1)) {
       const Pass pass = {n, wide, k, smaller(deep, a.K - k), k == 0, k + deep >= a.K};
       const int64_t K = ceil_div(pass.depth, ElementOf<E>::DEPTH), lda = K + PADDING;
-      parallel_chunks(ceil_div(wide, PANEL), 4, threads, [&](int64_t, int64_t begin, int64_t end) {
+      parallel_chunks(ceil_div(wide, PANEL), wide < 64 * PANEL ? 1 : 4, threads, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p++)
           pack_b_panel(source_b + k * a.b_k + (n + p * PANEL) * a.b_n, a.b_k, a.b_n, pass.depth,
                        smaller(PANEL, wide - p * PANEL), packed_b + p * PANEL * K);
