@@ -9,7 +9,7 @@ namespace gptk {
 namespace gemm_plan {
 
 enum : int64_t {
-  MOST_DEPTH = 1536,       // k of one pass: between passes sums go through memory
+  MOST_DEPTH = 4096,       // k of one pass: between passes sums go through memory
   MOST_PACKED = 3 << 19,   // elements of b packed at once: 6 MB of float32, 3 MB of bf16
   MOST_ROWS = 96,          // of a packed at once: 590 KB of float32, in the second level
   CHUNK = 384,             // elements summed in registers before they are added to a tile
@@ -33,15 +33,16 @@ static inline int64_t columns(int64_t N, int64_t K) {
   return ceil_div(ceil_div(N, passes > 0 ? passes : 1), WIDEST_PANEL) * WIDEST_PANEL;
 }
 
-static inline int64_t stripe_rows(int64_t M) {
+static inline int64_t stripe_rows(int64_t M, int64_t K) {
   const int64_t rows = ceil_div(ceil_div(M, STRIPES), ROW_STEP) * ROW_STEP;
-  return rows < MOST_ROWS ? rows : MOST_ROWS;
+  const int64_t most = depth(K) > 1536 ? MOST_ROWS / 2 : MOST_ROWS;
+  return rows < most ? rows : most;
 }
 
 // Elements of scratch: one packed block of b, a stripe of a per thread, sums of a pass in between.
 static inline int64_t packed_b(int64_t N, int64_t K) { return columns(N, K) * (depth(K) + 1); }
 static inline int64_t packed_a(int64_t M, int64_t K) {
-  return stripe_rows(M) * (depth(K) + 1 + PADDING);
+  return stripe_rows(M, K) * (depth(K) + 1 + PADDING);
 }
 static inline int64_t sums(int64_t M, int64_t N, int64_t K) {
   return depth(K) < K ? M * columns(N, K) : 0;

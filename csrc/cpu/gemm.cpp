@@ -211,7 +211,7 @@ void product(const Args& a) {
   const TA* source_a = static_cast<const TA*>(a.a);
   const TB* source_b = static_cast<const TB*>(a.b);
   const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
-  const int64_t block = columns(a.N, a.K), deep = depth(a.K), tall = stripe_rows(a.M);
+  const int64_t block = columns(a.N, a.K), deep = depth(a.K), tall = stripe_rows(a.M, a.K);
   const Finish<A> finish = finish_for<A>(a);
   A* sums = static_cast<A*>(a.scratch);
   E* packed_b = reinterpret_cast<E*>(sums + gemm_plan::sums(a.M, a.N, a.K));
