@@ -70,15 +70,22 @@ class Block(nn.Module):
 
     def _kernels(self, x: Tensor) -> tuple[ModuleType, ...] | None:
         """The kernels of the whole block, if one backend has them all and nobody looks inside."""
-        parts = (self.ln_1, self.attn, self.ln_2, self.mlp, self.attn.c_attn, self.attn.c_proj,
-                 self.mlp.c_fc, self.mlp.c_proj)  # fmt: skip
-        if tuple(type(part) for part in parts) != BLOCK_PARTS or any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-            or part._backward_pre_hooks for part in parts
-        ):  # fmt: skip
+        held = self._modules  # nn.Module's own attribute lookup is slow
+        parts: tuple[Any, ...] = (held["ln_1"], held["attn"], held["ln_2"], held["mlp"])
+        if tuple(map(type, parts)) != BLOCK_PARTS[:4]:
             return None
+        attn, mlp = parts[1]._modules, parts[3]._modules
+        parts += (attn["c_attn"], attn["c_proj"], mlp["c_fc"], mlp["c_proj"])
+        if tuple(map(type, parts)) != BLOCK_PARTS:
+            return None
+        for part in parts:
+            if part._forward_hooks or part._forward_pre_hooks:
+                return None
+            if part._backward_hooks or part._backward_pre_hooks:
+                return None
+        norms = (parts[0]._parameters, parts[2]._parameters)
+        kinds = {t.dtype for norm in norms for t in norm.values() if t is not None}
         backends = {part.backend for part in parts[:4]}
-        kinds = {t.dtype for norm in (self.ln_1, self.ln_2) for t in norm.parameters()}
         if len(backends) > 1 or len(kinds) > 1 or x.numel() == 0:
             return None
         if torch.compiler.is_compiling() or transformed():
@@ -93,7 +100,7 @@ class Block(nn.Module):
         plan = Plan(kernels, attn.n_head, p, seeds, (self.ln_1.eps, self.ln_2.eps), mlp.activation,
                     autocast_dtype(x))  # fmt: skip
         layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
-        parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
+        parameters = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
         return BlockFunction.apply(plan, branch, x, *parameters)
 
 
@@ -144,7 +151,17 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens for block_size={self.config.block_size}")
         p = self.config.dropout if self.training else 0.0
         seed = (draw_seed() if p else 0) if seed is None else seed
-        x = F.embedding(idx, self.wte.weight) + self.wpe.weight[past : past + T]
+        # The tied weight's gradient is V x C from the head; to add a few rows to it is cheaper
+        # than to make a second one, of zeros but for these rows, and add that.
+        sparse = (
+            targets is not None
+            and self.wte.weight.numel() > 16 * idx.numel() * self.config.n_embd
+            and self.wte.weight is self.lm_head.weight
+            and idx.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not transformed()
+        )
+        x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe.weight[past : past + T]
         x = dropout(x, p, derive_seed(seed, self.config.n_layer, 0))
         branch: Tensor | None = None
         for layer, block in enumerate(self.h):

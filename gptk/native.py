@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import re
+import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +81,32 @@ def threads() -> int:
     The OpenMP runtime's pool does not exist in a child made by fork, and entering it there hangs.
     """
     return 1 if _after_fork else torch.get_num_threads()
+
+
+MOST_WORKSPACE = 128 * 2**20
+"""Bytes: what a call needs beyond that is returned to the system after the call."""
+
+_kept = threading.local()
+
+
+def workspace(name: str, elements: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one call (at least `elements`, contents undefined), kept for the next one.
+
+    Fresh memory costs a page fault for every 4 KiB, which takes longer than many a kernel does. One
+    buffer per thread, name and dtype; of two calls that overlap in time each needs its own name.
+    """
+    buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
+    buffer = buffers.get((name, dtype))
+    if buffer is None or buffer.shape[0] < elements:
+        buffer = torch.empty(elements, dtype=dtype)
+        if elements * dtype.itemsize <= MOST_WORKSPACE:
+            buffers[name, dtype] = buffer
+    return buffer
+
+
+def release_workspaces() -> None:
+    """Give this thread's workspaces back."""
+    _kept.__dict__.clear()
 
 
 def row_groups(rows: int) -> int:

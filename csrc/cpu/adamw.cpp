@@ -114,10 +114,32 @@ void update_piece(const gptk_adamw_update_args& a, const Tensor& t, int64_t piec
   for (int64_t i = begin; i < end; i += BLOCK) update_block(t, s, i, min(end - i, BLOCK));
 }
 
+// Of floats, each widened in a register; the accumulators are as many as below.
+double sum_of_squares(const float* g, int64_t n) {
+  constexpr int L = Lanes<double>::value;
+  typedef float Half __attribute__((vector_size(L * sizeof(float))));
+  VecD part[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+      Half h;
+      __builtin_memcpy(&h, g + i + k * L, sizeof h);
+      const VecD v = __builtin_convertvector(h, VecD);
+      part[k] = fma(v, v, part[k]);
+    }
+  }
+  double rest = 0;
+  for (; i < n; i++) rest += static_cast<double>(g[i]) * g[i];
+  return hsum((part[0] + part[1]) + (part[2] + part[3])) + rest;
+}
+
 double sum_of_squares(const Tensor& t, int64_t piece) {
   double scratch[BLOCK];
   double total = 0;
   const int64_t begin = piece * GPTK_NORM_BLOCK, end = min(begin + GPTK_NORM_BLOCK, t.numel);
+  if (t.grad_dtype == GPTK_FLOAT32)
+    return sum_of_squares(static_cast<const float*>(t.grad) + begin, end - begin);
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t n = min(end - at, BLOCK);
     const double* g = read_block(t.grad, t.grad_dtype, at, n, scratch);

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gptk import native
+
 Call = Callable[[], Any]
 LEAST_SECONDS = 0.6
 """Time given to each provider of a case, at least."""
@@ -72,6 +74,7 @@ def peak_memory(function: Call, device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    native.release_workspaces()  # they count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
@@ -110,8 +113,6 @@ def _best(function: Call, device: str, seconds: float) -> float:
 
 def facts(device: str) -> dict[str, Any]:
     """What a result needs to be understood later: machine, threads, versions, commit."""
-    from gptk import native
-
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),

@@ -34,10 +34,12 @@ TRUTH = "float64"
 
 
 class Provider(NamedTuple):
-    """step: one training step; losses: every token's, without dropout, nothing changes."""
+    """step: one training step; losses: every token's, without dropout, nothing changes; forget:
+    the gradients."""
 
     step: Callable[[], None]
     losses: Callable[[], torch.Tensor]
+    forget: Callable[[], None]
 
 
 def providers(
@@ -94,8 +96,11 @@ def _provider(
         with torch.autocast(idx.device.type, dtype, enabled=dtype.itemsize == 2):
             return model(idx[:, :-1], idx[:, 1:], reduction=reduction)
 
-    def step() -> None:
+    def forget() -> None:
         optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        forget()
         loss().backward()
         optimizer.step()
 
@@ -106,7 +111,7 @@ def _provider(
         module.train()
         return rows
 
-    return Provider(step, losses)
+    return Provider(step, losses, forget)
 
 
 def verdicts(found: dict[str, Provider]) -> dict[str, Verdict]:

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, ACTIVATION, DTYPE, isa, load, threads
+from gptk.native import ACC, ACTIVATION, DTYPE, isa, load, threads, workspace
 
 OWN: dict[str, dict[torch.dtype, float]] = {
     "avx512": {torch.float32: 0.95, torch.float16: 0.95},
@@ -75,7 +75,7 @@ def product(
     other = torch.empty((M, N), dtype=c.dtype) if keep_pre or keep_value else None
     address = 0 if other is None else other.data_ptr()
     extension, n_threads = load(), threads()
-    scratch = torch.empty(extension.gemm_scratch(M, N, K, n_threads), dtype=ACC[compute])
+    scratch = workspace("product", extension.gemm_scratch(M, N, K, n_threads), ACC[compute])
     extension.gemm(
         c.data_ptr(),
         address if keep_pre else 0,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gptk.native import ACC
+from gptk.native import ACC, workspace
 from gptk.ops.cpp_epilogue import sum_rows
 from gptk.ops.cpp_product import owns, product
 from gptk.ops.cpp_product import owns as rounds_float32
@@ -29,7 +29,7 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
 
 def chunk_rows(V: int) -> int:
     """Rows whose logits exist at once: 4M logits, but at least 256 rows, so that reading the weight
-    once per chunk stays cheap beside the product."""
+    and adding to its gradient, once per chunk, stay cheap beside the products."""
     return max(256, 2**22 // V)
 
 
@@ -123,7 +123,7 @@ class _Chunks:
         """(rows, their logits in one buffer used again and again), in order."""
         N, V = self.x.shape[0], self.weight.shape[0]
         step = min(N, chunk_rows(V))
-        buffer = torch.empty((step, V), dtype=self.acc)
+        buffer = workspace("logits", step * V, self.acc)[: step * V].view(step, V)
         for begin in range(0, N, step):
             rows = slice(begin, min(begin + step, N))
             logits = buffer[: rows.stop - begin]
