@@ -1,5 +1,6 @@
 """The machine a run is on: device, precision, and the matrix-product peak that MFU refers to."""
 
+import ctypes
 import os
 import time
 
@@ -94,6 +95,23 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees (glibc; elsewhere nothing happens).
+
+    A training step frees and takes the same memory again and again. By default glibc hands large
+    blocks back to the system, and every page comes back as a fault, zeroed: measured 0.1 to 0.3 s
+    of a 2.4 s step of GPT-2 124M on two cores, and 1.6 s of PyTorch's 4.1 s.
+    """
+    mmap_max, top_pad, trim_threshold = -4, -2, -1  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+    mallopt(top_pad, 64 << 20)
 
 
 def environment(device: torch.device) -> dict[str, object]:

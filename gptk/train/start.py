@@ -54,6 +54,8 @@ def opened(request: Request) -> Iterator[Run]:
             folder.refuse_taken(path)  # again: another run may have come and gone meanwhile
         check_backend(settings.run.backend)
         device = hardware.choose_device(settings.run.device)
+        if device.type == "cpu":
+            hardware.keep_freed_memory()
         dtype, dtype_reason = hardware.choose_dtype(settings.run.dtype, device)
         root = path / folder.CHECKPOINTS
         checkpoint.recover(root)
