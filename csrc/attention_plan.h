@@ -57,7 +57,7 @@ static inline int64_t backward_scratch_per_thread(int64_t D, int64_t Dv) {
          + BACKWARD_KEYS * (d + dv)              // dk, dv
          + BACKWARD_QUERIES * 2 * (d + dv)       // q and dout, twice
          + WIDEST_PANEL * dv                     // out
-         + BACKWARD_KEYS * 2 * BACKWARD_QUERIES  // p, ds
+         + BACKWARD_KEYS * 4 * BACKWARD_QUERIES  // p, ds; in pairs: p, ds, ds by keys
          + BACKWARD_KEYS * WIDEST_PANEL          // keep mask
          + 2 * BACKWARD_QUERIES;                 // lse, delta
 }

@@ -11,7 +11,7 @@
 // order of summation, so threads change no bit. Memory: O(T x D), never Tq x Tk.
 //
 // Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning" (2023).
-#include "attention_tile.h"
+#include "attention_operands.h"
 #include "gptk.h"
 #include "parallel.h"
 #include "vec_math.h"
@@ -25,44 +25,50 @@ using namespace attention_plan;
 
 constexpr int64_t KEYS = BACKWARD_KEYS, QUERIES = BACKWARD_QUERIES;
 
-template <typename A> struct Scratch {
-  A* k;            // (KEYS, D)
-  A* k_panels;     // panels of (KEYS, D)
-  A* v;            // (KEYS, Dv)
+template <typename E> struct Scratch {
+  using A = typename ElementOf<E>::acc;
+  E* k;            // (KEYS, D)
+  E* k_panels;     // panels of (KEYS, D)
+  E* v;            // (KEYS, Dv)
   A* dk;           // (KEYS, ldd)
   A* dv;           // (KEYS, ldv)
-  A* q;            // (panels, D, PANEL): transposed
-  A* q_panels;     // panels of (QUERIES, D)
-  A* dout;         // (panels, Dv, PANEL): transposed
-  A* dout_panels;  // panels of (QUERIES, Dv)
-  A* out;          // (Dv, PANEL): transposed
-  A* p;            // (KEYS, QUERIES): with dropout applied
-  A* ds;           // (KEYS, QUERIES)
+  E* q;            // (panels, D, PANEL): transposed
+  E* q_panels;     // panels of (QUERIES, D)
+  E* dout;         // (panels, Dv, PANEL): transposed
+  E* dout_panels;  // panels of (QUERIES, Dv)
+  E* out;          // (Dv, PANEL): transposed
+  A* p;            // (KEYS, QUERIES): scores
+  A* ds;           // (KEYS, QUERIES): dout . v
+  A* converted;    // of Weights<E>
   A* keep;         // (KEYS, PANEL)
   A* lse;          // (QUERIES,)
   A* delta;        // (QUERIES,)
   int64_t ldd, ldv;
 
   Scratch(const Args& a, int thread) {
+    static_assert(sizeof(E) == sizeof(A), "scratch is counted in either");
     const int64_t d = padded(a.D), e = padded(a.Dv);
     ldd = round_up(a.D, Panel<A>::value);
     ldv = round_up(a.Dv, Panel<A>::value);
-    k = static_cast<A*>(a.scratch) + thread * backward_scratch_per_thread(a.D, a.Dv);
+    k = static_cast<E*>(a.scratch) + thread * backward_scratch_per_thread(a.D, a.Dv);
     k_panels = k + KEYS * d;
     v = k_panels + KEYS * d;
-    dk = v + KEYS * e;
+    dk = reinterpret_cast<A*>(v + KEYS * e);
     dv = dk + KEYS * d;
-    q = dv + KEYS * e;
+    q = reinterpret_cast<E*>(dv + KEYS * e);
     q_panels = q + QUERIES * d;
     dout = q_panels + QUERIES * d;
     dout_panels = dout + QUERIES * e;
     out = dout_panels + QUERIES * e;
-    p = out + WIDEST_PANEL * e;
+    p = reinterpret_cast<A*>(out + WIDEST_PANEL * e);
     ds = p + KEYS * QUERIES;
-    keep = ds + KEYS * QUERIES;
+    converted = ds + KEYS * QUERIES;
+    keep = converted + 2 * KEYS * QUERIES;
     lse = keep + KEYS * WIDEST_PANEL;
     delta = lse + QUERIES;
   }
+
+  Weights<E> weights() const { return Weights<E>(p, ds, converted, KEYS, QUERIES); }
 };
 
 template <typename A> void fill_zero(A* dst, int64_t n) {
@@ -76,23 +82,27 @@ struct Tile {
 
 // delta (PANEL,) = sum over columns of x y (columns, PANEL), in the order in which gemm() forms
 // dout . v: where a query sees one key, out = v and ds is exactly 0.
-template <typename A> void column_products(const A* x, const A* y, int64_t columns, A* delta) {
+template <typename E, typename A = typename ElementOf<E>::acc>
+void column_products(const E* x, const E* y, int64_t columns, A* delta) {
   constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
+  using Element = ElementOf<E>;
   Vec<A> total[2] = {};
   for (int64_t begin = 0; begin < columns; begin += DEPTH) {
     Vec<A> sum[2] = {};
     for (int64_t c = begin; c < smaller(columns, begin + DEPTH); c++)
       for (int v = 0; v < 2; v++)
-        sum[v] = fma(load(x + c * PANEL + v * W), load(y + c * PANEL + v * W), sum[v]);
+        sum[v] = Element::multiply_add(Element::row(x + c * PANEL + v * W),
+                                       Element::row(y + c * PANEL + v * W), sum[v]);
     for (int v = 0; v < 2; v++) total[v] += sum[v];
   }
   for (int v = 0; v < 2; v++) store(delta + v * W, total[v]);
 }
 
 // Packs q, dout, lse, delta of a query tile. Returns whether q and dout are finite.
-template <typename T, typename A>
-bool pack_queries(const Args& a, const Tile& t, const Scratch<A>& s) {
+template <typename T, typename E, typename A = typename ElementOf<E>::acc>
+bool pack_queries(const Args& a, const Tile& t, const Scratch<E>& s) {
   constexpr int PANEL = Panel<A>::value;
+  const int64_t D = elements<E>(a.D), Dv = elements<E>(a.Dv);
   const T* q = static_cast<const T*>(a.q) + t.b * a.q_b + t.h * a.q_h + t.query0 * a.q_t;
   const T* dout =
       static_cast<const T*>(a.dout) + t.b * a.dout_b + t.h * a.dout_h + t.query0 * a.dout_t;
@@ -100,10 +110,10 @@ bool pack_queries(const Args& a, const Tile& t, const Scratch<A>& s) {
   const A* lse = static_cast<const A*>(a.lse) + (t.b * a.H + t.h) * a.Tq + t.query0;
   for (int64_t r = 0; r < t.queries; r += PANEL) {
     const int64_t rows = smaller(PANEL, t.queries - r);
-    pack_transposed(q + r * a.q_t, a.q_t, rows, a.D, s.q + r * a.D);
-    pack_transposed(dout + r * a.dout_t, a.dout_t, rows, a.Dv, s.dout + r * a.Dv);
+    pack_transposed(q + r * a.q_t, a.q_t, rows, a.D, s.q + r * D);
+    pack_transposed(dout + r * a.dout_t, a.dout_t, rows, a.Dv, s.dout + r * Dv);
     pack_transposed(out + r * a.out_t, a.out_t, rows, a.Dv, s.out);
-    column_products(s.out, s.dout + r * a.Dv, a.Dv, s.delta + r);
+    column_products(s.out, s.dout + r * Dv, Dv, s.delta + r);
   }
   for (int64_t r = 0; r < round_up(t.queries, PANEL); r++)  // p = 0 in absent rows
     s.lse[r] = r < t.queries ? lse[r] : static_cast<A>(__builtin_inf());
@@ -111,68 +121,67 @@ bool pack_queries(const Args& a, const Tile& t, const Scratch<A>& s) {
   return pack_panels(dout, a.dout_t, t.queries, a.Dv, s.dout_panels) && q_finite;
 }
 
-// p: scores -> dropout(softmax). ds: dout . v -> gradient of the scores. Hidden pairs get 0.
-template <typename A>
-void softmax_backward(A* p, A* ds, const A* keep, const PanelMask<A>& mask, const A* lse,
-                      const A* delta) {
+// p: scores -> dropout(softmax). ds: dout . v -> gradient of the scores. Hidden pairs get 0. `at`:
+// the panel's first query.
+template <typename E, typename A = typename ElementOf<E>::acc>
+void softmax_backward(const Scratch<E>& s, int64_t at, const A* keep, const PanelMask<A>& mask) {
   constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
+  const Weights<E> made = s.weights();
   for (int64_t j = mask.keys.begin; j < mask.keys.end; j++) {
     for (int v = 0; v < 2; v++) {
-      A* p_j = p + j * QUERIES + v * W;
-      A* ds_j = ds + j * QUERIES + v * W;
-      const Vec<A> weight = exp_flush(load(p_j) - load(lse + v * W));
-      Vec<A> dropped = weight, dp = load(ds_j);
+      const int64_t i = at + v * W, place = j * QUERIES + i;
+      const Vec<A> weight = exp_flush(load(s.p + place) - load(s.lse + i));
+      Vec<A> dropped = weight, dp = load(s.ds + place);
       if (keep) {
         const Vec<A> kept = load(keep + j * PANEL + v * W);
         dropped *= kept;
         dp *= kept;
       }
-      Vec<A> grad = weight * (dp - load(delta + v * W));
+      Vec<A> grad = weight * (dp - load(s.delta + i));
       if (!mask.all) {
         dropped = mask.apply(v, j, dropped, zero<A>());
         grad = mask.apply(v, j, grad, zero<A>());
       }
-      store(p_j, dropped);
-      store(ds_j, grad);
+      made.set(place, dropped, grad);
     }
   }
 }
 
 // p and ds of a whole tile, panel of queries by panel of queries.
-template <typename A>
+template <typename E, typename A = typename ElementOf<E>::acc>
 void scores_backward(const Args& a, const Tile& t, const Visibility& see, const Dropout& dropout,
-                     const Scratch<A>& s) {
-  constexpr int PANEL = Panel<A>::value;
+                     const Scratch<E>& s) {
+  constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
+  const int64_t D = elements<E>(a.D), Dv = elements<E>(a.Dv);
+  const Weights<E> made = s.weights();
   for (int64_t r = 0; r < t.queries; r += PANEL) {
     const PanelMask<A> mask(see, t.query0 + r, smaller(PANEL, t.queries - r), t.key0, t.keys);
-    A* p = s.p + r;
-    A* ds = s.ds + r;
     for (int64_t j = 0; j < t.keys; j++) {
       if (j >= mask.keys.begin && j < mask.keys.end) continue;
-      fill_zero(p + j * QUERIES, PANEL);
-      fill_zero(ds + j * QUERIES, PANEL);
+      for (int v = 0; v < 2; v++) made.set(j * QUERIES + r + v * W, zero<A>(), zero<A>());
     }
     if (mask.keys.begin >= mask.keys.end) continue;
-    gemm<A, Adjacent::columns>(mask.keys, PANEL, s.k, a.D, s.q + r * a.D, a.D, p, QUERIES,
+    gemm<E, Adjacent::columns>(mask.keys, PANEL, s.k, D, s.q + r * D, D, s.p + r, QUERIES,
                                {static_cast<A>(a.scale), false}, KERNEL_ROWS,
-                               [&](int64_t, int64_t) { return Range{0, a.D}; });
-    gemm<A, Adjacent::columns>(mask.keys, PANEL, s.v, a.Dv, s.dout + r * a.Dv, a.Dv, ds, QUERIES,
+                               [&](int64_t, int64_t) { return Range{0, D}; });
+    gemm<E, Adjacent::columns>(mask.keys, PANEL, s.v, Dv, s.dout + r * Dv, Dv, s.ds + r, QUERIES,
                                {A(1), false}, KERNEL_ROWS,
-                               [&](int64_t, int64_t) { return Range{0, a.Dv}; });
+                               [&](int64_t, int64_t) { return Range{0, Dv}; });
     if (a.dropout_p > 0) {
       const uint64_t row = static_cast<uint64_t>((t.b * a.H + t.h) * a.Tq + t.query0 + r);
       keep_tile(dropout, row, t.key0, mask.keys, s.keep);
     }
-    softmax_backward(p, ds, a.dropout_p > 0 ? s.keep : nullptr, mask, s.lse + r, s.delta + r);
+    softmax_backward<E>(s, r, a.dropout_p > 0 ? s.keep : nullptr, mask);
   }
+  if (a.dq) made.finish(t.keys);
 }
 
 // Adds a tile's part to dk, dv (scratch) and dq (the item's sums, at the tile's first query).
-template <typename A>
+template <typename E, typename A = typename ElementOf<E>::acc>
 void add_gradients(const Args& a, const Tile& t, const Visibility& see, bool finite,
-                   const Scratch<A>& s, A* dq) {
-  const int max_rows = finite ? KERNEL_ROWS : 1;  // else 0 * NaN would reach hidden pairs
+                   const Scratch<E>& s, A* dq) {
   const Range keys = {0, t.keys}, queries = {0, t.queries};
+  const Weights<E> made = s.weights();
   const auto queries_of = [&](int64_t first, int64_t last) {
     return Range{larger(0, see.queries(t.key0 + first).begin - t.query0),
                  smaller(t.queries, see.queries(t.key0 + last).end - t.query0)};
@@ -182,14 +191,14 @@ void add_gradients(const Args& a, const Tile& t, const Visibility& see, bool fin
                  smaller(t.keys, see.keys(t.query0 + last).end - t.key0)};
   };
   if (a.dv)
-    gemm<A, Adjacent::columns>(keys, a.Dv, s.p, QUERIES, s.dout_panels, t.queries, s.dv, s.ldv,
-                               {A(1), true}, max_rows, queries_of);
+    product<E, Adjacent::columns>(finite, keys, a.Dv, made.rows_of_p(), made.row_elements(),
+                                  s.dout_panels, t.queries, s.dv, s.ldv, queries_of);
   if (a.dk)
-    gemm<A, Adjacent::columns>(keys, a.D, s.ds, QUERIES, s.q_panels, t.queries, s.dk, s.ldd,
-                               {A(1), true}, max_rows, queries_of);
+    product<E, Adjacent::columns>(finite, keys, a.D, made.rows_of_ds(), made.row_elements(),
+                                  s.q_panels, t.queries, s.dk, s.ldd, queries_of);
   if (a.dq)
-    gemm<A, Adjacent::rows>(queries, a.D, s.ds, QUERIES, s.k_panels, t.keys, dq, s.ldd,
-                            {A(1), true}, max_rows, keys_of);
+    product<E, Adjacent::rows>(finite, queries, a.D, made.columns_of_ds(), QUERIES, s.k_panels,
+                               t.keys, dq, s.ldd, keys_of);
 }
 
 // dst (rows, columns) of T, rows dst_stride apart = scale * src (rows, src_stride).
@@ -217,9 +226,9 @@ void write_dq(const Args& a, int64_t b, int64_t h, const A* sums, int64_t ldd) {
 }
 
 // Keys [key_begin, key_end) of key head kv_head of batch entry b; dq (H / Hkv, Tq, ldd) are sums.
-template <typename T, typename A>
+template <typename T, typename E, typename A = typename ElementOf<E>::acc>
 void backward_item(const Args& a, int64_t b, int64_t kv_head, int64_t key_begin, int64_t key_end,
-                   const Scratch<A>& s, A* dq) {
+                   const Scratch<E>& s, A* dq) {
   const int64_t group = a.H / a.Hkv;
   const T* k = static_cast<const T*>(a.k) + b * a.k_b + kv_head * a.k_h;
   const T* v = static_cast<const T*>(a.v) + b * a.v_b + kv_head * a.v_h;
@@ -274,9 +283,10 @@ template <typename T> void backward(const Args& a) {
   parallel_for_threads(a.B * a.Hkv * parts, a.threads, [&](int64_t item, int thread) {
     const int64_t b = item / parts / a.Hkv, kv_head = item / parts % a.Hkv;
     const int64_t key_begin = item % parts * key_step;
-    const Scratch<A> s(a, thread);
+    const int64_t key_end = smaller(a.Tk, key_begin + key_step);
+    const Scratch<Operand<T>> s(a, thread);
     A* dq = dq_sums + (parts > 1 ? item : thread) * dq_size;
-    backward_item<T>(a, b, kv_head, key_begin, smaller(a.Tk, key_begin + key_step), s, dq);
+    backward_item<T>(a, b, kv_head, key_begin, key_end, s, dq);
     if (parts > 1 || !a.dq) return;
     const int64_t group = a.H / a.Hkv;
     for (int64_t g = 0; g < group; g++)

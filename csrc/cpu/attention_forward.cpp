@@ -9,7 +9,7 @@
 //
 // Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning" (2023);
 // Milakov, Gimelshein, "Online normalizer calculation for softmax" (2018).
-#include "attention_tile.h"
+#include "attention_operands.h"
 #include "gptk.h"
 #include "parallel.h"
 #include "vec_math.h"
@@ -21,26 +21,29 @@ namespace {
 using Args = gptk_attention_forward_args;
 using namespace attention_plan;
 
-template <typename A> struct Scratch {
-  A* q;        // (panels, D, PANEL): transposed
+template <typename E> struct Scratch {
+  using A = typename ElementOf<E>::acc;
+  E* q;        // (panels, D, PANEL): transposed
   A* out;      // (queries, padded Dv): not yet divided by sum
   A* max;      // (queries,)
   A* sum;      // (queries,)
-  A* k;        // (FORWARD_KEYS, D)
-  A* v;        // panels of (FORWARD_KEYS, Dv)
+  E* k;        // (FORWARD_KEYS, D)
+  E* v;        // panels of (FORWARD_KEYS, Dv)
   A* p;        // (FORWARD_KEYS, PANEL)
   A* keep;     // (FORWARD_KEYS, PANEL)
   A* rescale;  // (PANEL,)
 
   Scratch(const Args& a, int thread) {
+    static_assert(sizeof(E) == sizeof(A), "scratch is counted in either");
     const int64_t queries = padded(smaller(a.Tq, FORWARD_QUERIES));
-    q = static_cast<A*>(a.scratch) + thread * attention_forward_scratch(a.Tq, a.D, a.Dv);
-    out = q + queries * padded(a.D);
+    A* own = static_cast<A*>(a.scratch) + thread * attention_forward_scratch(a.Tq, a.D, a.Dv);
+    q = reinterpret_cast<E*>(own);
+    out = own + queries * padded(a.D);
     max = out + queries * padded(a.Dv);
     sum = max + queries;
-    k = sum + queries;
+    k = reinterpret_cast<E*>(sum + queries);
     v = k + FORWARD_KEYS * padded(a.D);
-    p = v + FORWARD_KEYS * padded(a.Dv);
+    p = reinterpret_cast<A*>(v + FORWARD_KEYS * padded(a.Dv));
     keep = p + FORWARD_KEYS * WIDEST_PANEL;
     rescale = keep + FORWARD_KEYS * WIDEST_PANEL;
   }
@@ -91,9 +94,9 @@ template <typename A> void rescale_rows(const A* rescale, int64_t queries, int64
   }
 }
 
-template <typename T, typename A>
+template <typename T, typename E, typename A = typename ElementOf<E>::acc>
 void write_out(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t queries,
-               const Scratch<A>& s) {
+               const Scratch<E>& s) {
   constexpr int W = Lanes<A>::value;
   const int64_t ldo = round_up(a.Dv, Panel<A>::value);
   A* lse = static_cast<A*>(a.lse) + (b * a.H + h) * a.Tq + query0;
@@ -113,11 +116,11 @@ void write_out(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t quer
 }
 
 // Queries [query0, query0 + queries) of head h of batch entry b.
-template <typename T, typename A>
+template <typename T, typename E, typename A = typename ElementOf<E>::acc>
 void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t queries,
-                  const Scratch<A>& s) {
+                  const Scratch<E>& s) {
   constexpr int PANEL = Panel<A>::value;
-  const int64_t kv_head = h / (a.H / a.Hkv), ldo = round_up(a.Dv, PANEL);
+  const int64_t kv_head = h / (a.H / a.Hkv), ldo = round_up(a.Dv, PANEL), D = elements<E>(a.D);
   const T* q = static_cast<const T*>(a.q) + b * a.q_b + h * a.q_h + query0 * a.q_t;
   const T* k = static_cast<const T*>(a.k) + b * a.k_b + kv_head * a.k_h;
   const T* v = static_cast<const T*>(a.v) + b * a.v_b + kv_head * a.v_h;
@@ -125,7 +128,7 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
   const Dropout dropout = {a.seed, gptk_keep_threshold(a.dropout_p), a.dropout_p};
 
   for (int64_t r = 0; r < queries; r += PANEL)
-    pack_transposed(q + r * a.q_t, a.q_t, smaller(PANEL, queries - r), a.D, s.q + r * a.D);
+    pack_transposed(q + r * a.q_t, a.q_t, smaller(PANEL, queries - r), a.D, s.q + r * D);
   for (int64_t i = 0; i < queries * ldo; i++) s.out[i] = 0;
   for (int64_t r = 0; r < round_up(queries, PANEL); r++) {
     s.max[r] = static_cast<A>(-__builtin_inf());
@@ -142,24 +145,25 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
       const int64_t rows = smaller(PANEL, queries - r), query = query0 + r;
       const PanelMask<A> mask(see, query, rows, key0, keys);
       if (mask.keys.begin >= mask.keys.end) continue;
-      gemm<A, Adjacent::columns>(mask.keys, PANEL, s.k, a.D, s.q + r * a.D, a.D, s.p, PANEL,
+      gemm<E, Adjacent::columns>(mask.keys, PANEL, s.k, D, s.q + r * D, D, s.p, PANEL,
                                  {static_cast<A>(a.scale), false}, KERNEL_ROWS,
-                                 [&](int64_t, int64_t) { return Range{0, a.D}; });
+                                 [&](int64_t, int64_t) { return Range{0, D}; });
       online_softmax(s.p, mask, s.max + r, s.sum + r, s.rescale);
       if (a.dropout_p > 0) {
         const uint64_t mask_row = static_cast<uint64_t>((b * a.H + h) * a.Tq + query);
         keep_tile(dropout, mask_row, key0, mask.keys, s.keep);
-        for (int64_t i = mask.keys.begin * PANEL; i < mask.keys.end * PANEL; i += Lanes<A>::value)
-          store(s.p + i, load(s.p + i) * load(s.keep + i));
       }
+      const E* p = weights(s.p, a.dropout_p > 0 ? s.keep : nullptr, mask, s.keep,
+                           static_cast<const E*>(nullptr));
       A* out = s.out + r * ldo;
       if (key0 > all_keys.begin) rescale_rows(s.rescale, rows, ldo, out);
       // A NaN or infinite v may meet only queries that see it, not a hidden one's weight of 0.
-      gemm<A, Adjacent::rows>({0, rows}, a.Dv, s.p, PANEL, s.v, keys, out, ldo, {A(1), true},
-                              finite ? KERNEL_ROWS : 1, [&](int64_t first, int64_t last) {
-                                return Range{larger(0, see.keys(query + first).begin - key0),
-                                             smaller(keys, see.keys(query + last).end - key0)};
-                              });
+      product<E, Adjacent::rows>(finite, {0, rows}, a.Dv, p, PANEL, s.v, keys, out, ldo,
+                                 [&](int64_t first, int64_t last) {
+                                   return Range{
+                                       larger(0, see.keys(query + first).begin - key0),
+                                       smaller(keys, see.keys(query + last).end - key0)};
+                                 });
     }
   }
   write_out<T>(a, b, h, query0, queries, s);
@@ -170,8 +174,8 @@ template <typename T> void forward(const Args& a) {
   parallel_for_threads(a.B * a.H * steps, a.threads, [&](int64_t item, int thread) {
     const int64_t head = item % (a.B * a.H);
     const int64_t query0 = (steps - 1 - item / (a.B * a.H)) * step;  // most keys first
-    forward_item<T>(a, head / a.H, head % a.H, query0, smaller(step, a.Tq - query0),
-                    Scratch<Acc<T>>(a, thread));
+    const int64_t b = head / a.H, h = head % a.H, queries = smaller(step, a.Tq - query0);
+    forward_item<T>(a, b, h, query0, queries, Scratch<Operand<T>>(a, thread));
   });
 }
 

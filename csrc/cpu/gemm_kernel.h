@@ -1,8 +1,6 @@
 // The register kernel of a matrix product, for one panel of b.
 //
-// An element of packed a and b is a float, a double, or (AVX-512 BF16) a pair of bf16 that are
-// neighbours along k: vdpbf16ps multiplies both and adds the two products to a float sum. A kernel
-// call keeps ROWS x 2 vectors of sums in registers while it reads a panel of b (K, 2 vectors)
+// A kernel call keeps ROWS x 2 vectors of sums in registers while it reads a panel of b (K, 2 vectors)
 // straight through and broadcasts a's elements.
 #pragma once
 
@@ -12,32 +10,6 @@
 namespace gptk {
 namespace GPTK_ISA {
 namespace {
-
-struct Pair {
-  uint32_t bits;  // lower half: even k
-};
-
-template <typename E> struct ElementOf {
-  typedef E acc;
-  typedef Vec<E> vector;
-  static constexpr int DEPTH = 1;
-  static GPTK_INLINE vector row(const E* p) { return load(p); }
-  static GPTK_INLINE vector all(E x) { return broadcast(x); }
-  static GPTK_INLINE Vec<E> multiply_add(vector a, vector b, Vec<E> sum) { return fma(a, b, sum); }
-};
-
-#if defined(__AVX512BF16__)
-template <> struct ElementOf<Pair> {
-  typedef float acc;
-  typedef __m512i vector;
-  static constexpr int DEPTH = 2;
-  static GPTK_INLINE vector row(const Pair* p) { return _mm512_loadu_si512(p); }
-  static GPTK_INLINE vector all(Pair x) { return _mm512_set1_epi32(static_cast<int>(x.bits)); }
-  static GPTK_INLINE VecF multiply_add(vector a, vector b, VecF sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-};
-#endif
 
 // out (M, NV vectors) = [out +] sum_k a(m, k) b(k, :), k in elements. a(m, k) lies at
 // a[m * a_m + k * a_k].

@@ -48,6 +48,36 @@ struct Range {
 
 enum class Adjacent { columns, rows };  // which elements of A lie side by side
 
+// --- elements ------------------------------------------------------------------------------
+// What A and B are made of: floats, doubles, or (AVX-512 BF16) pairs of bf16 that are neighbours
+// along k: vdpbf16ps multiplies both and adds the two products to a float sum.
+
+struct Pair {
+  uint32_t bits;  // lower half: even k
+};
+
+template <typename E> struct ElementOf {
+  typedef E acc;
+  typedef Vec<E> vector;
+  static constexpr int DEPTH = 1;
+  static GPTK_INLINE vector row(const E* p) { return load(p); }
+  static GPTK_INLINE vector all(E x) { return broadcast(x); }
+  static GPTK_INLINE Vec<E> multiply_add(vector a, vector b, Vec<E> sum) { return fma(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct ElementOf<Pair> {
+  typedef float acc;
+  typedef __m512i vector;
+  static constexpr int DEPTH = 2;
+  static GPTK_INLINE vector row(const Pair* p) { return _mm512_loadu_si512(p); }
+  static GPTK_INLINE vector all(Pair x) { return _mm512_set1_epi32(static_cast<int>(x.bits)); }
+  static GPTK_INLINE VecF multiply_add(vector a, vector b, VecF sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
 // --- product -------------------------------------------------------------------------------
 
 // Scale and whether to add to what C holds.
@@ -57,9 +87,10 @@ template <typename A> struct Epilogue {
 };
 
 // c (M, NV vectors) = [c +] scale sum_k a(m, k) b(k, :). lda: distance of A's rows (or columns).
-template <typename A, int M, int NV, Adjacent SIDE>
-void gemm_kernel(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc,
+template <typename E, int M, int NV, Adjacent SIDE, typename A = typename ElementOf<E>::acc>
+void gemm_kernel(int64_t K, const E* a, int64_t lda, const E* b, A* c, int64_t ldc,
                  Epilogue<A> end) {
+  using Element = ElementOf<E>;
   constexpr int W = Lanes<A>::value;
   Vec<A> sum[M][NV];
 #pragma GCC unroll 8
@@ -67,14 +98,14 @@ void gemm_kernel(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t l
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) sum[m][v] = zero<A>();
   for (int64_t k = 0; k < K; k++) {
-    Vec<A> row[NV];
+    typename Element::vector row[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) row[v] = load(b + v * W);
+    for (int v = 0; v < NV; v++) row[v] = Element::row(b + v * W);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const Vec<A> x = broadcast(SIDE == Adjacent::rows ? a[m] : a[m * lda]);
+      const typename Element::vector x = Element::all(SIDE == Adjacent::rows ? a[m] : a[m * lda]);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) sum[m][v] = fma(x, row[v], sum[m][v]);
+      for (int v = 0; v < NV; v++) sum[m][v] = Element::multiply_add(x, row[v], sum[m][v]);
     }
     a += SIDE == Adjacent::rows ? lda : 1;
     b += Panel<A>::value;
@@ -90,38 +121,38 @@ void gemm_kernel(int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t l
   }
 }
 
-template <typename A, int NV, Adjacent SIDE>
-void gemm_rows(int rows, int64_t K, const A* a, int64_t lda, const A* b, A* c, int64_t ldc,
+template <typename E, int NV, Adjacent SIDE, typename A = typename ElementOf<E>::acc>
+void gemm_rows(int rows, int64_t K, const E* a, int64_t lda, const E* b, A* c, int64_t ldc,
                Epilogue<A> end) {
   switch (rows) {
 #if defined(__AVX512F__) || defined(__aarch64__)
   case 8:
-    return gemm_kernel<A, 8, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 8, NV, SIDE>(K, a, lda, b, c, ldc, end);
   case 7:
-    return gemm_kernel<A, 7, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 7, NV, SIDE>(K, a, lda, b, c, ldc, end);
 #endif
 #if defined(__AVX512F__) || defined(__aarch64__) || defined(__AVX2__)
   case 6:
-    return gemm_kernel<A, 6, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 6, NV, SIDE>(K, a, lda, b, c, ldc, end);
   case 5:
-    return gemm_kernel<A, 5, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 5, NV, SIDE>(K, a, lda, b, c, ldc, end);
 #endif
   case 4:
-    return gemm_kernel<A, 4, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 4, NV, SIDE>(K, a, lda, b, c, ldc, end);
   case 3:
-    return gemm_kernel<A, 3, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 3, NV, SIDE>(K, a, lda, b, c, ldc, end);
   case 2:
-    return gemm_kernel<A, 2, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 2, NV, SIDE>(K, a, lda, b, c, ldc, end);
   case 1:
-    return gemm_kernel<A, 1, NV, SIDE>(K, a, lda, b, c, ldc, end);
+    return gemm_kernel<E, 1, NV, SIDE>(K, a, lda, b, c, ldc, end);
   }
 }
 
 // C (rows.., N) = [C +] scale A B over a block of rows, in steps of at most max_rows.
 // k_range(first, last) gives the k that any row of a step needs: it lets triangles be skipped, and
 // with max_rows = 1 no row meets a k outside its own range.
-template <typename A, Adjacent SIDE, typename KRange>
-void gemm(Range rows, int64_t N, const A* a, int64_t lda, const A* b, int64_t b_rows, A* c,
+template <typename E, Adjacent SIDE, typename KRange, typename A = typename ElementOf<E>::acc>
+void gemm(Range rows, int64_t N, const E* a, int64_t lda, const E* b, int64_t b_rows, A* c,
           int64_t ldc, Epilogue<A> end, int max_rows, const KRange& k_range) {
   constexpr int W = Lanes<A>::value, PANEL = Panel<A>::value;
   for (int64_t n = 0; n < N; n += PANEL, b += b_rows * PANEL) {
@@ -132,12 +163,12 @@ void gemm(Range rows, int64_t N, const A* a, int64_t lda, const A* b, int64_t b_
       // parts end at multiples of DEPTH, so skipping leading zeros leaves the sum's bits alone
       for (int64_t k = range.begin, depth; k < range.end; k += depth, part.add = true) {
         depth = smaller(DEPTH - k % DEPTH, range.end - k);
-        const A* a_step = SIDE == Adjacent::rows ? a + m + k * lda : a + m * lda + k;
+        const E* a_step = SIDE == Adjacent::rows ? a + m + k * lda : a + m * lda + k;
         A* c_step = c + m * ldc + n;
         if (N - n > W)
-          gemm_rows<A, 2, SIDE>(step, depth, a_step, lda, b + k * PANEL, c_step, ldc, part);
+          gemm_rows<E, 2, SIDE>(step, depth, a_step, lda, b + k * PANEL, c_step, ldc, part);
         else
-          gemm_rows<A, 1, SIDE>(step, depth, a_step, lda, b + k * PANEL, c_step, ldc, part);
+          gemm_rows<E, 1, SIDE>(step, depth, a_step, lda, b + k * PANEL, c_step, ldc, part);
       }
     }
   }
