@@ -9,11 +9,11 @@ namespace gptk {
 namespace gemm_plan {
 
 enum : int64_t {
-  MOST_DEPTH = 4096,       // k of one pass: between passes sums go through memory
-  MOST_PACKED = 3 << 19,   // elements of b packed at once: 6 MB of float32, 3 MB of bf16
-  MOST_ROWS = 96,          // of a packed at once: 590 KB of float32, in the second level
-  CHUNK = 384,             // elements summed in registers before they are added to a tile
-  STRIPES = 24,         // row stripes that keep every core of a usual machine busy
+  MOST_DEPTH = 4096,      // k of one pass: between passes sums go through memory
+  MOST_PACKED = 3 << 19,  // elements of b packed at once: 6 MB of float32, 3 MB of bf16
+  MOST_ROWS = 96,         // of a packed at once: 590 KB of float32, in the second level
+  CHUNK = 384,            // elements summed in registers before they are added to a tile
+  STRIPES = 24,           // row stripes that keep every core of a usual machine busy
   WIDEST_PANEL = 32,
   ROW_STEP = 24,  // a multiple of every kernel's rows: 4, 6, 8
   NARROW = 4,     // rows of a below which packing b would cost more than the product
@@ -48,7 +48,7 @@ static inline int64_t sums(int64_t M, int64_t N, int64_t K) {
   return depth(K) < K ? M * columns(N, K) : 0;
 }
 // A few rows of a against all of b, once: b is read where it lies, a is kept as acc.
-static inline int64_t narrow_a(int64_t M, int64_t K) { return M <= NARROW ? M * K : 0; }
+static inline int64_t narrow_a(int64_t M, int64_t K) { return M <= NARROW ? M * (K + 32) : 0; }
 
 static inline int64_t gemm_scratch(int64_t M, int64_t N, int64_t K, int64_t threads) {
   return narrow_a(M, K) + sums(M, N, K) + packed_b(N, K) + threads * packed_a(M, K);

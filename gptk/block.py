@@ -10,6 +10,7 @@ checks, views and casts, which cost more than the arithmetic in a small model.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from torch import Tensor
 from gptk.ops.contract import once_differentiable, outside_autocast, parameter, readable
 
 OPS = ("layer_norm", "linear", "attention", "mlp")
+
+
+Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes the new keys and values (B, H, T, D), gives all of them so far."""
 
 
 class Plan(NamedTuple):
@@ -33,6 +38,70 @@ class Plan(NamedTuple):
     cast: torch.dtype | None  # autocast's
 
 
+class Made(NamedTuple):
+    """A block's results, (B T, C), and what its backward needs."""
+
+    out: Tensor
+    h2: Tensor
+    saved: tuple[Tensor | None, ...]
+    weights: tuple[Tensor | None, ...]
+    options: tuple[Any, ...]  # of the attention
+    projected_dtype: torch.dtype
+
+
+def run(
+    plan: Plan,
+    branch: Tensor | None,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    cache: Cache | None = None,
+) -> Made:
+    """The block's kernels, one after the other; with a cache, after the tokens that it holds."""
+    norm, linear, attention, mlp = plan.kernels
+    B, T, C = x.shape
+    M, H, p = B * T, plan.n_head, plan.dropout_p
+    w1, b1, w_qkv, b_qkv, w_o, b_o, w2, b2, w_fc, b_fc, w_p, b_p = parameters
+    c_qkv, cb_qkv, c_o, cb_o = (
+        None if t is None else parameter(linear, t, plan.cast) for t in (w_qkv, b_qkv, w_o, b_o)
+    )
+    c_fc, cb_fc, c_p, cb_p = (
+        None if t is None else parameter(mlp, t, plan.cast) for t in (w_fc, b_fc, w_p, b_p)
+    )
+    w1, b1, w2, b2 = (None if t is None else readable(t) for t in (w1, b1, w2, b2))
+    x2 = readable(x.reshape(M, C))
+    if branch is None:
+        y1, _, mean1, rstd1 = norm.forward(x2, w1, b1, plan.eps[0], None, 0.0, 0, plan.cast)
+        h1 = x2
+    else:
+        branch2 = readable(branch.reshape(M, C))
+        y1, h1, mean1, rstd1 = norm.forward(
+            branch2, w1, b1, plan.eps[0], x2, p, plan.seeds[0], plan.cast
+        )
+    qkv, _ = linear.forward(y1, c_qkv, cb_qkv, None)
+    q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+    if cache is not None:
+        k, v = cache(k, v)
+    options = (True, 1.0 / math.sqrt(C // H), p, plan.seeds[1], None)
+    a, lse = attention.forward(q, k, v, *options)  # (B, H, T, D)
+    a2 = a.transpose(1, 2).reshape(M, C)
+    projected, _ = linear.forward(a2, c_o, cb_o, None)
+    y2, h2, mean2, rstd2 = norm.forward(
+        projected, w2, b2, plan.eps[1], h1, p, plan.seeds[2], plan.cast
+    )
+    out, pre = mlp.forward(y2, c_fc, cb_fc, c_p, cb_p, plan.activation)
+    saved = (h1, mean1, rstd1, y1, qkv, a, lse, h2, mean2, rstd2, y2, pre)
+    return Made(out, h2, saved, (w1, w2, c_qkv, c_o, c_fc, c_p), options, projected.dtype)
+
+
+@outside_autocast
+def decode(
+    plan: Plan, branch: Tensor | None, x: Tensor, parameters: Sequence[Tensor | None], cache: Cache
+) -> tuple[Tensor, Tensor]:
+    """(mlp's output, h2) of further tokens (B, T, C); nothing is kept for a backward."""
+    made = run(plan, branch, x, parameters, cache)
+    return made.out.view(x.shape), made.h2.view(x.shape)
+
+
 class BlockFunction(torch.autograd.Function):
     """(branch or None, x) (B, T, C) each -> (mlp's output, h2)."""
 
@@ -41,50 +110,17 @@ class BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, branch: Tensor | None, x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        norm, linear, attention, mlp = plan.kernels
-        B, T, C = x.shape
-        M, H, p = B * T, plan.n_head, plan.dropout_p
-        w1, b1, w_qkv, b_qkv, w_o, b_o, w2, b2, w_fc, b_fc, w_p, b_p = parameters
-        c_qkv, cb_qkv, c_o, cb_o = (
-            None if t is None else parameter(linear, t, plan.cast)
-            for t in (w_qkv, b_qkv, w_o, b_o)
-        )
-        c_fc, cb_fc, c_p, cb_p = (
-            None if t is None else parameter(mlp, t, plan.cast) for t in (w_fc, b_fc, w_p, b_p)
-        )
-        w1, b1, w2, b2 = (None if t is None else readable(t) for t in (w1, b1, w2, b2))
-        x2 = readable(x.reshape(M, C))
-        if branch is None:
-            y1, _, mean1, rstd1 = norm.forward(x2, w1, b1, plan.eps[0], None, 0.0, 0, plan.cast)
-            h1 = x2
-        else:
-            branch2 = readable(branch.reshape(M, C))
-            y1, h1, mean1, rstd1 = norm.forward(
-                branch2, w1, b1, plan.eps[0], x2, p, plan.seeds[0], plan.cast
-            )
-        qkv, _ = linear.forward(y1, c_qkv, cb_qkv, None)
-        q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
-        options = (True, 1.0 / math.sqrt(C // H), p, plan.seeds[1], None)
-        a, lse = attention.forward(q, k, v, *options)  # (B, H, T, D)
-        a2 = a.transpose(1, 2).reshape(M, C)
-        projected, _ = linear.forward(a2, c_o, cb_o, None)
-        y2, h2, mean2, rstd2 = norm.forward(
-            projected, w2, b2, plan.eps[1], h1, p, plan.seeds[2], plan.cast
-        )
-        out, pre = mlp.forward(y2, c_fc, cb_fc, c_p, cb_p, plan.activation)
+        made = run(plan, branch, x, parameters)
         view = torch.ops.aten._unsafe_view.default  # an alias that autograd does not call a view
-        h2 = view(h2, (B, T, C))
-        ctx.save_for_backward(
-            h1, mean1, rstd1, y1, qkv, a, lse, h2, mean2, rstd2, y2, pre,
-            w1, w2, c_qkv, c_o, c_fc, c_p,
-        )  # fmt: skip
-        ctx.plan, ctx.shape, ctx.options = plan, (B, T, C), options
+        h2 = view(made.h2, x.shape)
+        ctx.save_for_backward(*made.saved[:7], h2, *made.saved[8:], *made.weights)
+        ctx.plan, ctx.shape, ctx.options = plan, x.shape, made.options
         ctx.dtypes = (
-            x.dtype, None if branch is None else branch.dtype, projected.dtype,
+            x.dtype, None if branch is None else branch.dtype, made.projected_dtype,
             *(None if t is None else t.dtype for t in parameters),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        return view(out, (B, T, C)), h2
+        return view(made.out, x.shape), h2
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,7 @@ import torch
 import gptk
 from gptk import native
 from gptk.flags import UsageError
-from gptk.ops import contract
+from gptk.ops import contract, cpp_product
 from gptk.ops.catalog import BACKENDS, CROSSOVER, OPS, PREFERENCE, ROWS
 from gptk.train import hardware
 
@@ -55,6 +55,8 @@ def backends() -> list[str]:
         if backend == "cpp" and reason is None:
             levels = ", ".join(native.isa_levels())
             state += f"; runs {native.isa()} code (here: {levels}; GPTK_ISA= chooses)"
+            lines.append(f"{backend:10} {state}")
+            state = f"matrix products: {cpp_product.explain()}"
         if backend == "triton" and reason is None and os.environ.get("TRITON_INTERPRET") == "1":
             state += "; in the interpreter (slow), TRITON_INTERPRET=1"
         lines.append(f"{backend:10} {state}")

@@ -1,6 +1,7 @@
 """GPT-2's architecture, written once in fused ops: every backend trains the same graph."""
 
 import dataclasses
+import functools
 import math
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptk.block import OPS, BlockFunction, Plan
+from gptk.block import OPS, BlockFunction, Plan, decode
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
 from gptk.ops.contract import autocast_dtype, kernels_of, transformed
@@ -57,9 +58,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
         seeds = tuple(derive_seed(seed, layer, site) for site in range(3))
-        kernels = self._kernels(x) if cache is None else None
+        kernels = self._kernels(x) if cache is None or not torch.is_grad_enabled() else None
         if kernels is not None:
-            return self._fused(kernels, branch, x, seeds)
+            return self._fused(kernels, branch, x, seeds, layer, cache)
         if branch is None:
             y = self.ln_1(x)
         else:
@@ -93,14 +94,22 @@ class Block(nn.Module):
         return kernels_of(OPS, backends.pop(), x.device.type, autocast_dtype(x) or x.dtype)
 
     def _fused(
-        self, kernels: tuple[ModuleType, ...], branch: Tensor | None, x: Tensor, seeds: Any
+        self,
+        kernels: tuple[ModuleType, ...],
+        branch: Tensor | None,
+        x: Tensor,
+        seeds: Any,
+        layer: int,
+        cache: KVCache | None,
     ) -> Any:
         attn, mlp = self.attn, self.mlp
         p = attn.dropout if self.training else 0.0
         plan = Plan(kernels, attn.n_head, p, seeds, (self.ln_1.eps, self.ln_2.eps), mlp.activation,
                     autocast_dtype(x))  # fmt: skip
         layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
-        parameters = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
+        parameters = [part._parameters[name] for part in layers for name in ("weight", "bias")]
+        if cache is not None:
+            return decode(plan, branch, x, parameters, functools.partial(cache.append, layer))
         return BlockFunction.apply(plan, branch, x, *parameters)
 
 

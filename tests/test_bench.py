@@ -2,11 +2,12 @@
 
 import importlib
 import json
+import math
 
 import pytest
 import torch
 
-from gptk.bench import gate, measure, models, report, suite
+from gptk.bench import gate, generation, measure, models, report, suite
 from gptk.bench.main import main
 from gptk.bench.plugin import Replay
 from gptk.bench.providers import PYTORCH, TORCH, providers
@@ -93,23 +94,53 @@ def small_steps(monkeypatch, dtypes):
     return models.providers("small", dtypes, backends)
 
 
-def test_all_steps_start_from_one_loss_and_a_wrong_model_does_not_pass(monkeypatch):
+def test_all_steps_start_from_the_same_losses_and_a_wrong_model_does_not_pass(monkeypatch):
     found = small_steps(monkeypatch, [torch.float32, torch.bfloat16])
-    assert {name.split()[0] for name in found} == {"PyTorch", "gptk"}
+    assert {name.split()[0] for name in found} == {"PyTorch", "gptk", models.TRUTH}
     assert all(verdict.passed for verdict in models.verdicts(found).values())
     right = found["gptk torch fp32"]
-    for wrong in (0.0, right.loss() * 1.001, -right.loss(), float("nan")):
-        found["gptk torch fp32"] = models.Provider(right.step, lambda wrong=wrong: wrong)
+    losses = right.losses()
+    assert losses.shape == (24,)
+    one_off = losses.clone()
+    one_off[7] += 1e-4
+    for wrong in (losses * 0, losses * 1.001, -losses, losses * math.nan, one_off, losses[:-1]):
+        found["gptk torch fp32"] = right._replace(losses=lambda wrong=wrong: wrong)
         assert not models.verdicts(found)["gptk torch fp32"].passed
 
 
-def test_a_step_trains_and_the_loss_of_the_gate_does_not(monkeypatch):
+def test_bfloat16_alone_is_judged_by_float64_too(monkeypatch):
+    found = small_steps(monkeypatch, [torch.bfloat16])
+    assert all(verdict.passed for verdict in models.verdicts(found).values())
+    right = found["gptk torch bf16"]
+    wrong = right.losses() * 1.1
+    found["gptk torch bf16"] = right._replace(losses=lambda: wrong)
+    assert not models.verdicts(found)["gptk torch bf16"].passed
+
+
+def test_a_step_trains_and_the_losses_of_the_gate_do_not(monkeypatch):
     for provider in small_steps(monkeypatch, [torch.float32]).values():
-        before = provider.loss()
-        assert provider.loss() == before
+        before = provider.losses()
+        assert torch.equal(provider.losses(), before)
         for _ in range(20):
             provider.step()
-        assert provider.loss() < before
+        assert provider.losses().mean() < before.mean()
+        provider.forget()
+
+
+def test_generation_is_judged_by_its_logits(monkeypatch):
+    monkeypatch.setitem(generation.SIZES, "small", models.GPTConfig(96, 33, 2, 2, 16))
+    backends = ["cpp"] if contract.availability("cpp") is None else []
+    found = generation.providers("small", torch.bfloat16, backends)
+    assert all(verdict.passed for verdict in generation.verdicts("small", found).values())
+    for provider in found.values():
+        if provider.logits is not None:
+            assert len(provider.run()) == generation.TOKENS
+    right = found["gptk torch"]
+    found["gptk x"] = right._replace(logits=lambda: right.logits().roll(1, -1))
+    assert not generation.verdicts("small", found)["gptk x"].passed
+    assert generation.weight_bytes("small", torch.bfloat16) == 2 * (
+        33 * 16 + 2 * (12 * 256 + 13 * 16) + 32
+    )
 
 
 def test_work_is_counted_as_in_training(monkeypatch):

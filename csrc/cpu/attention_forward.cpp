@@ -160,9 +160,8 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
       // A NaN or infinite v may meet only queries that see it, not a hidden one's weight of 0.
       product<E, Adjacent::rows>(finite, {0, rows}, a.Dv, p, PANEL, s.v, keys, out, ldo,
                                  [&](int64_t first, int64_t last) {
-                                   return Range{
-                                       larger(0, see.keys(query + first).begin - key0),
-                                       smaller(keys, see.keys(query + last).end - key0)};
+                                   return Range{larger(0, see.keys(query + first).begin - key0),
+                                                smaller(keys, see.keys(query + last).end - key0)};
                                  });
     }
   }

@@ -133,7 +133,8 @@ inline bool is_finite(const bf16* src, int64_t row_stride, int64_t rows, int64_t
   uint32_t found = 0;
   for (int64_t r = 0; r < rows; r++, src += row_stride) {
     for (int64_t c = 0; c < cols; c += 32) {
-      const __m512i x = cols - c >= 32 ? pairs(src + c) : pairs(src + c, static_cast<int>(cols - c));
+      const __m512i x =
+          cols - c >= 32 ? pairs(src + c) : pairs(src + c, static_cast<int>(cols - c));
       found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
     }
   }
@@ -169,7 +170,7 @@ inline const Pair* weights(float* p, const float* keep, const PanelMask<float>& 
 }
 
 template <> struct Weights<Pair> {
-  bf16 *p, *ds;  // (keys, queries)
+  bf16 *p, *ds;   // (keys, queries)
   Pair* by_keys;  // (keys / 2, queries)
   int64_t queries;
 

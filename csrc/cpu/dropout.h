@@ -45,10 +45,18 @@ inline void random_words(uint64_t seed, uint64_t row, uint32_t counter0, uint32_
     for (int v = 0; v < VECTORS; v++) {
       const VecU64 low = (c0[v] & 0xffffffffu) | (c1[v] << 32);
       const VecU64 high = (c2[v] & 0xffffffffu) | (c3[v] << 32);
+      uint32_t* to = words + 4 * (first + v * L);
+#if defined(__AVX512F__)
+      const __m512i begin = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+      const __m512i end = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi64((__m512i)low, begin, (__m512i)high));
+      _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64((__m512i)low, end, (__m512i)high));
+#else
       for (int i = 0; i < L; i++) {
         const uint64_t pair[2] = {low[i], high[i]};
-        __builtin_memcpy(words + 4 * (first + v * L + i), pair, sizeof pair);
+        __builtin_memcpy(to + 4 * i, pair, sizeof pair);
       }
+#endif
     }
   }
 }

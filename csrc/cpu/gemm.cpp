@@ -25,7 +25,6 @@ namespace {
 using Args = gptk_gemm_args;
 using namespace gemm_plan;
 
-
 struct Pass {
   int64_t n, columns, k, depth;
   bool first, last;
@@ -134,37 +133,71 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
 // --- few rows ------------------------------------------------------------------------------
 // Decoding: as fast as b can be read. b's columns are adjacent along k (a weight of nn.Linear).
 
-// dot[m][c] = sum_k a[m, k] b[k, c] for C columns.
-template <int M, int C, typename TB, typename A>
-void dot_products(const A* a, int64_t K, const TB* b, int64_t b_n, A* dot, int64_t dot_m) {
-  constexpr int W = Lanes<A>::value;
-  Vec<A> sum[M][C];
+// A row of a kept as E, and what a vector of it is multiplied with: the values of b's column there.
+template <typename E> struct NarrowRow {
+  static constexpr int64_t VALUES = Lanes<E>::value;
+  static GPTK_INLINE int64_t row_elements(int64_t K) { return K; }
+  template <typename T> static void pack(const T* from, int64_t K, E* row) {
+    for (int64_t k = 0; k < K; k++) row[k] = static_cast<E>(to_acc(from[k]));
+  }
+  template <typename T, typename L> static GPTK_INLINE Vec<E> column(const T* b, L lanes) {
+    return load(b, lanes);
+  }
+  template <typename L> static GPTK_INLINE Vec<E> row(const E* row, int64_t k, L lanes) {
+    return load(row + k, lanes);
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct NarrowRow<Pair> {
+  static constexpr int64_t VALUES = 32;
+  static GPTK_INLINE int64_t row_elements(int64_t K) { return ceil_div(K, VALUES) * 16; }
+  template <typename T> static void pack(const T* from, int64_t K, Pair* row) {
+    for (int64_t k = 0; k < K; k += VALUES)
+      _mm512_storeu_si512(row + k / 2, K - k >= VALUES ? pairs(from + k)
+                                                       : pairs(from + k, static_cast<int>(K - k)));
+  }
+  template <typename T> static GPTK_INLINE __m512i column(const T* b, All) { return pairs(b); }
+  template <typename T> static GPTK_INLINE __m512i column(const T* b, int n) { return pairs(b, n); }
+  template <typename L> static GPTK_INLINE __m512i row(const Pair* row, int64_t k, L) {
+    return _mm512_loadu_si512(row + k / 2);
+  }
+};
+#endif
+
+// dot[m * dot_m] = sum_k a[m, k] b[k]. Column after column, b is read straight through, as hardware
+// prefetchers like it: measured 28 GB/s on one core, and 12 with four columns side by side.
+template <int M, typename E, typename TB, typename A = typename ElementOf<E>::acc>
+void dot_products(const E* a, int64_t K, const TB* b, A* dot, int64_t dot_m) {
+  using Row = NarrowRow<E>;
+  constexpr int PARTS = 4;  // sums per row, so that additions need not wait for each other
+  const int64_t lda = Row::row_elements(K);
+  Vec<A> sum[M][PARTS] = {};
+  const auto step = [&](int64_t k, int part, auto lanes) __attribute__((always_inline)) {
+    const auto column = Row::column(b + k, lanes);
 #pragma GCC unroll 4
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) sum[m][c] = zero<A>();
-  const auto step = [&](int64_t k, auto lanes) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) {
-      const Vec<A> column = load(b + c * b_n + k, lanes);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sum[m][c] = fma(load(a + m * K + k, lanes), column, sum[m][c]);
-    }
+    for (int m = 0; m < M; m++)
+      sum[m][part] =
+          ElementOf<E>::multiply_add(Row::row(a + m * lda, k, lanes), column, sum[m][part]);
   };
   int64_t k = 0;
-  for (; k + W <= K; k += W) step(k, All());
-  if (k < K) step(k, static_cast<int>(K - k));
+  for (; k + PARTS * Row::VALUES <= K; k += PARTS * Row::VALUES) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; part++) step(k + part * Row::VALUES, part, All());
+  }
+  for (; k + Row::VALUES <= K; k += Row::VALUES) step(k, 0, All());
+  if (k < K) step(k, 1, static_cast<int>(K - k));
   for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++) dot[m * dot_m + c] = hsum(sum[m][c]);
+    dot[m * dot_m] = hsum((sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]));
 }
 
-template <int M, typename TA, typename TB, typename A> void narrow_product(const Args& a) {
+template <int M, typename E, typename TA, typename TB, typename A = typename ElementOf<E>::acc>
+void narrow_product(const Args& a) {
   constexpr int64_t COLUMNS = 2 * Lanes<A>::value;
-  A* rows = static_cast<A*>(a.scratch);
-  for (int m = 0; m < M; m++) {
-    const TA* from = static_cast<const TA*>(a.a) + m * a.a_m;
-    for (int64_t k = 0; k < a.K; k++) rows[m * a.K + k] = static_cast<A>(to_acc(from[k]));
-  }
+  E* rows = static_cast<E*>(a.scratch);
+  for (int m = 0; m < M; m++)
+    NarrowRow<E>::pack(static_cast<const TA*>(a.a) + m * a.a_m, a.K,
+                       rows + m * NarrowRow<E>::row_elements(a.K));
   const int threads = a.N * a.K < (1 << 16) ? 1 : a.threads;
   const Finish<A> finish = finish_for<A>(a);
   parallel_rows(ceil_div(a.N, COLUMNS), threads, [&](int64_t first, int64_t last) {
@@ -172,32 +205,26 @@ template <int M, typename TA, typename TB, typename A> void narrow_product(const
       const int64_t width = smaller(COLUMNS, a.N - n);
       A tile[M * COLUMNS], bias_scratch[COLUMNS];
       const TB* b = static_cast<const TB*>(a.b) + n * a.b_n;
-      int64_t c = 0;
-      for (; c + 2 <= width; c += 2)
-        dot_products<M, 2>(rows, a.K, b + c * a.b_n, a.b_n, tile + c, COLUMNS);
-      if (c < width) dot_products<M, 1>(rows, a.K, b + c * a.b_n, a.b_n, tile + c, COLUMNS);
+      for (int64_t c = 0; c < width; c++)
+        dot_products<M>(rows, a.K, b + c * a.b_n, tile + c, COLUMNS);
       const A* bias = a.bias ? read_block(a.bias, a.bias_dtype, n, width, bias_scratch) : nullptr;
-      for (int m = 0; m < M; m++) {
-        if (a.add) {
-          const A* before = static_cast<const A*>(a.c) + m * a.N + n;
-          for (int64_t i = 0; i < width; i++) tile[m * COLUMNS + i] += before[i];
-        }
-      }
+      for (int m = 0; m < M && a.add; m++)
+        add_row(tile + m * COLUMNS, static_cast<const A*>(a.c) + m * a.N + n, width);
       finish(a, 0, M, n, width, bias, tile, COLUMNS);
     }
   });
 }
 
-template <typename TA, typename TB, typename A> void narrow_product(const Args& a) {
+template <typename E, typename TA, typename TB> void narrow_product(const Args& a) {
   switch (a.M) {
   case 1:
-    return narrow_product<1, TA, TB, A>(a);
+    return narrow_product<1, E, TA, TB>(a);
   case 2:
-    return narrow_product<2, TA, TB, A>(a);
+    return narrow_product<2, E, TA, TB>(a);
   case 3:
-    return narrow_product<3, TA, TB, A>(a);
+    return narrow_product<3, E, TA, TB>(a);
   default:
-    return narrow_product<4, TA, TB, A>(a);
+    return narrow_product<4, E, TA, TB>(a);
   }
 }
 
@@ -207,7 +234,7 @@ template <typename E, typename TA, typename TB, typename A = typename ElementOf<
 void product(const Args& a) {
   constexpr int PANEL = 2 * Lanes<A>::value;
   if (a.M == 0 || a.N == 0) return;
-  if (a.M <= NARROW && a.a_k == 1 && a.b_k == 1) return narrow_product<TA, TB, A>(a);
+  if (a.M <= NARROW && a.a_k == 1 && a.b_k == 1) return narrow_product<E, TA, TB>(a);
   const TA* source_a = static_cast<const TA*>(a.a);
   const TB* source_b = static_cast<const TB*>(a.b);
   const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
@@ -222,11 +249,13 @@ void product(const Args& a) {
     for (int64_t k = 0; k == 0 || k < a.K; k += larger(deep, 1)) {
       const Pass pass = {n, wide, k, smaller(deep, a.K - k), k == 0, k + deep >= a.K};
       const int64_t K = ceil_div(pass.depth, ElementOf<E>::DEPTH), lda = K + PADDING;
-      parallel_chunks(ceil_div(wide, PANEL), wide < 64 * PANEL ? 1 : 4, threads, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; p++)
-          pack_b_panel(source_b + k * a.b_k + (n + p * PANEL) * a.b_n, a.b_k, a.b_n, pass.depth,
-                       smaller(PANEL, wide - p * PANEL), packed_b + p * PANEL * K);
-      });
+      parallel_chunks(ceil_div(wide, PANEL), wide < 64 * PANEL ? 1 : 4, threads,
+                      [&](int64_t, int64_t begin, int64_t end) {
+                        for (int64_t p = begin; p < end; p++)
+                          pack_b_panel(source_b + k * a.b_k + (n + p * PANEL) * a.b_n, a.b_k, a.b_n,
+                                       pass.depth, smaller(PANEL, wide - p * PANEL),
+                                       packed_b + p * PANEL * K);
+                      });
       parallel_for_threads(ceil_div(a.M, tall), threads, [&](int64_t stripe, int thread) {
         const Range rows = {stripe * tall, smaller(stripe * tall + tall, a.M)};
         E* own = reinterpret_cast<E*>(reinterpret_cast<A*>(packed_a) +

@@ -1,7 +1,7 @@
 // The register kernel of a matrix product, for one panel of b.
 //
-// A kernel call keeps ROWS x 2 vectors of sums in registers while it reads a panel of b (K, 2 vectors)
-// straight through and broadcasts a's elements.
+// A kernel call keeps ROWS x 2 vectors of sums in registers while it reads a panel of b, (K, 2
+// vectors), straight through and broadcasts a's elements.
 #pragma once
 
 #include "gemm_tile.h"

@@ -155,6 +155,10 @@ GPTK_INLINE VecD sqrt(VecD a) {
 #endif
 
 // Horizontal sum and maximum: halves are folded onto each other, an order fixed by the width.
+#if defined(__AVX512F__)
+GPTK_INLINE float hsum(VecF v) { return _mm512_reduce_add_ps(v); }
+GPTK_INLINE double hsum(VecD v) { return _mm512_reduce_add_pd(v); }
+#endif
 template <typename V> GPTK_INLINE auto hsum(V v) -> decltype(v[0] + 0) {
   constexpr int n = static_cast<int>(sizeof(V) / sizeof(v[0]));
   decltype(v[0] + 0) lane[n];

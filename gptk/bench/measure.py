@@ -93,6 +93,12 @@ def copy_bandwidth(device: str = "cpu", seconds: float = 0.5) -> float:
     return 2 * a.numel() * a.itemsize / _best(lambda: b.copy_(a), device, seconds)
 
 
+def read_bandwidth(device: str = "cpu", seconds: float = 0.5) -> float:
+    """Bytes per second of summing 256 MB: reads alone."""
+    a = torch.ones(2**26, device=device)
+    return a.numel() * a.itemsize / _best(a.sum, device, seconds)
+
+
 def product_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 1.0) -> float:
     """FLOP/s of the best of a few square matrix products."""
     best = 0.0

@@ -46,9 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def roofline(request: pytest.FixtureRequest) -> dict[str, float]:
-    """Copy bandwidth and matrix peaks, measured in this run."""
+    """Bandwidths of copying and reading, and matrix peaks, measured in this run."""
     device = request.config.getoption("bench_device")
-    found = {"copy": measure.copy_bandwidth(device)}
+    found = {"copy": measure.copy_bandwidth(device), "read": measure.read_bandwidth(device)}
     for name in chosen_dtypes(request.config):
         found[name] = measure.product_peak(DTYPES[name], device)
     return found

@@ -1,13 +1,14 @@
 """The measurements: every benchmark case of every op, and the training steps."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from gptk.bench import gate, measure, models
+from gptk.bench import gate, generation, measure, models
 from gptk.bench.plugin import DTYPES, REPLAY, chosen_backends, chosen_dtypes
 from gptk.bench.providers import PYTORCH, TORCH, providers
 from gptk.optim import AdamW
@@ -46,6 +47,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 if not only or size in only:
                     rows += [(size, f"{name} {kind}") for kind in kinds for name in names]
         metafunc.parametrize("step_case", rows, ids=["-".join(r) for r in rows])
+    if "generate_case" in metafunc.fixturenames:
+        if not wanted or "generate" in wanted:
+            names = list(dict.fromkeys(["gptk torch", *(f"gptk {b}" for b in backends)]))
+            if importlib.util.find_spec("transformers") is not None:
+                names.insert(0, generation.TRANSFORMERS)
+            rows = [
+                (size, dtype, name)
+                for size in generation.SIZES
+                if not only or size in only
+                for dtype in chosen_dtypes(config)
+                for name in names
+                if name != "gptk compile"
+            ]
+        metafunc.parametrize("generate_case", rows, ids=["-".join(r) for r in rows])
     if "adamw_case" in metafunc.fixturenames:
         if not wanted or "adamw" in wanted:
             cases = importlib.import_module("gptk.ops.adamw.cases").BENCH
@@ -279,4 +294,44 @@ def measure_steps(size: str, config: pytest.Config) -> dict[str, Any]:
         "verdicts": verdicts,
         "memory": memory,
         "seconds": measure.interleaved({name: [step] for name, step in steps.items()}, device),
+    }
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_generate(
+    generate_case: tuple[str, str, str], roofline: Any, record: Any, request: Any
+) -> None:
+    size, dtype, name = generate_case
+    config = request.config
+    found = once(("generate", size, dtype), lambda: measure_generation(size, dtype, config))
+    timed(found, name)
+    per_token = {n: [s / generation.TOKENS for s in v] for n, v in found["seconds"].items()}
+    theirs = next(iter(per_token))  # transformers, or plain PyTorch
+    record(
+        per_token[name],
+        op="generate",
+        case=size,
+        dtype=dtype,
+        mode="token",
+        provider=name,
+        flops=None,
+        bytes=generation.weight_bytes(size, DTYPES[dtype]),
+        roof=roofline["read"],
+        peak_bytes=found["memory"][name],
+        error_ratio=found["verdicts"][name].ratio,
+        tokens=1,
+        baseline=measure.quantiles(per_token[theirs])[0],
+    )
+
+
+def measure_generation(size: str, dtype: str, config: pytest.Config) -> dict[str, Any]:
+    """Every provider's generation, in turns; the seconds are those of generation.TOKENS tokens."""
+    device = config.getoption("bench_device")
+    found = generation.providers(size, DTYPES[dtype], chosen_backends(config), device)
+    verdicts = generation.verdicts(size, found, device)
+    runs = {name: found[name].run for name, verdict in verdicts.items() if verdict.passed}
+    return {
+        "verdicts": verdicts,
+        "memory": {name: measure.peak_memory(run, device) for name, run in runs.items()},
+        "seconds": measure.interleaved({name: [run] for name, run in runs.items()}, device),
     }

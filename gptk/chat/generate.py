@@ -66,15 +66,19 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     top = z.amax(-1, keepdim=True)
     if not torch.isfinite(top).all():
         raise ValueError("the logits hold NaN or infinity: the model's weights are not usable")
-    V = z.shape[-1]
-    order = z.sort(dim=-1, descending=True, stable=True).indices  # equals: smallest id first
+    if sampling.temperature == 0.0:  # argmax: of equals the first
+        return torch.zeros_like(z).scatter_(-1, z.argmax(-1, keepdim=True), 1.0)
     # log-probabilities up to a constant, at most 0, so that no temperature can overflow
-    scaled = z - top
+    scaled = (z - top) / sampling.temperature
+    V = z.shape[-1]
     k = min(sampling.top_k or V, V)
-    if sampling.temperature == 0.0:
-        k = 1
-    else:
-        scaled = scaled / sampling.temperature
+    if sampling.top_p >= 1.0:  # no ranks needed, unless equals compete for the last place
+        if k == V:
+            return scaled.softmax(-1)
+        kept = scaled >= scaled.topk(k).values[..., -1:]
+        if (kept.sum(-1) == k).all():
+            return scaled.masked_fill(~kept, -math.inf).softmax(-1)
+    order = z.sort(dim=-1, descending=True, stable=True).indices  # equals: smallest id first
     ranked = scaled.gather(-1, order)
     ranked[..., k:] = -math.inf
     p = ranked.softmax(-1)
@@ -83,6 +87,18 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         p[..., 1:][p.cumsum(-1)[..., :-1] >= sampling.top_p - 1e-12] = 0.0
         p = p / p.sum(-1, keepdim=True)
     return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def draw(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A column index (B, 1) of each row of p (B, V), with p's probabilities; never one of 0.
+
+    One uniform number per row, sought in the cumulative sums: torch.multinomial draws V of them.
+    """
+    cumulative = p.cumsum(-1)
+    u = torch.rand(len(p), 1, dtype=p.dtype, generator=generator)  # [0, 1)
+    total = cumulative[:, -1:].contiguous()
+    last = torch.searchsorted(cumulative, total)  # u * total may round up to total
+    return torch.searchsorted(cumulative, u * total, right=True).minimum(last)
 
 
 def generate(
@@ -126,8 +142,9 @@ def generate(
     context = idx.to(device)[:, -block_size:]
     cache = model.new_cache(len(idx)) if use_cache else None
     new = context  # the tokens that the cache does not hold yet
+    modules = list(model.modules())
     for _ in range(max_new_tokens):
-        with evaluating(model):
+        with evaluating(model, modules):
             if cache is not None and cache.length + new.shape[1] <= block_size:
                 *parts, last = new.split(prefill_chunk or block_size, dim=1)
                 for part in parts:
@@ -135,8 +152,7 @@ def generate(
                 logits = model(last, cache=cache)  # (B, t, V)
             else:
                 logits = model(context)
-        p = probabilities(logits[:, -1, :vocab_size], sampling)
-        ids = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+        ids = draw(probabilities(logits[:, -1, :vocab_size], sampling), generator)  # (B, 1)
         yield ids[:, 0]
         new = ids.to(device)
         context = torch.cat([context, new], dim=1)[:, -block_size:]

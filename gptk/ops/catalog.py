@@ -29,6 +29,9 @@ class Impl(NamedTuple):
 
 
 MM = "matrix products by torch (cuBLAS on a GPU, oneDNN or MKL on a CPU)"
+MM_CPP = (
+    "matrix products by the extension with AVX-512, by torch (oneDNN or MKL) below and with AMX"
+)
 
 CATALOG = (
     Impl("layer_norm", "torch", "layer_norm.reference", (), FLOATS),
@@ -42,10 +45,10 @@ CATALOG = (
     Impl("gelu", "cpp", "gelu.cpp_impl", ("cpu",), FLOATS),
     Impl("linear", "torch", "linear.reference", (), FLOATS),
     Impl("linear", "triton", "linear.triton_impl", ("cuda", "cpu"), FLOATS, MM),
-    Impl("linear", "cpp", "linear.cpp_impl", ("cpu",), FLOATS, MM),
+    Impl("linear", "cpp", "linear.cpp_impl", ("cpu",), FLOATS, MM_CPP),
     Impl("mlp", "torch", "mlp.reference", (), FLOATS),
     Impl("mlp", "triton", "mlp.triton_impl", ("cuda", "cpu"), FLOATS, MM),
-    Impl("mlp", "cpp", "mlp.cpp_impl", ("cpu",), FLOATS, MM),
+    Impl("mlp", "cpp", "mlp.cpp_impl", ("cpu",), FLOATS, MM_CPP),
     Impl("cross_entropy", "torch", "cross_entropy.reference", (), FLOATS),
     Impl("cross_entropy", "triton", "cross_entropy.triton_impl", ("cuda", "cpu"), FLOATS),
     Impl("cross_entropy", "cpp", "cross_entropy.cpp_impl", ("cpu",), FLOATS),
@@ -58,7 +61,7 @@ CATALOG = (
         FLOATS,
         MM,
     ),
-    Impl("linear_cross_entropy", "cpp", "linear_cross_entropy.cpp_impl", ("cpu",), FLOATS, MM),
+    Impl("linear_cross_entropy", "cpp", "linear_cross_entropy.cpp_impl", ("cpu",), FLOATS, MM_CPP),
     Impl("adamw", "torch", "adamw.reference", (), FLOATS),
     Impl("adamw", "triton", "adamw.triton_impl", ("cuda", "cpu"), FLOATS),
     Impl("adamw", "cpp", "adamw.cpp_impl", ("cpu",), FLOATS),

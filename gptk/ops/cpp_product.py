@@ -2,7 +2,8 @@
 
 Which one is a committed, measured table, OWN. The extension's product does in the same pass what
 would else be passes of their own: it rounds float32 operands to the compute dtype while it packs
-them, adds the bias, applies the activation or its slope, and writes float32 sums of 16-bit products.
+them, adds the bias, applies the activation or its slope, and writes float32 sums of products of
+16-bit values.
 """
 
 import functools
@@ -26,8 +27,22 @@ FEW_ROWS = 4
 
 
 def owns(compute: torch.dtype) -> bool:
-    """Are products in this dtype the extension's?"""
-    return compute in OWN.get(isa(), ())
+    """Are products in this dtype the extension's? Not bf16 where AMX is, which oneDNN uses."""
+    return compute in OWN.get(isa(), ()) and not (compute == torch.bfloat16 and _has_amx())
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def explain() -> str:
+    """Whose the products of each dtype are on this CPU, in one line."""
+    whose = [
+        f"{str(dtype).removeprefix('torch.')} {'by gptk' if owns(dtype) else 'by torch'}"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    ]
+    return f"{', '.join(whose)} (measured: gptk/ops/cpp_product.py)"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptk.native import ACC, workspace
-from gptk.ops.cpp_epilogue import sum_rows
+from gptk.ops.cpp_epilogue import own, sum_rows
 from gptk.ops.cpp_product import owns, product
 from gptk.ops.cpp_product import owns as rounds_float32
 from gptk.ops.cross_entropy.cpp_impl import forward as cross_entropy_forward
@@ -115,7 +115,9 @@ class _Chunks:
         self.weight = weight if self.own else weight.to(self.acc)  # (V, C)
         self.bias = bias if self.own or bias is None else bias.to(self.acc)
         self.needs, self.first = needs, True
-        self.dx = torch.empty(x.shape, dtype=x.dtype if self.own else self.acc) if needs[0] else None
+        self.dx = (
+            torch.empty(x.shape, dtype=x.dtype if self.own else self.acc) if needs[0] else None
+        )
         self.dweight = torch.empty(weight.shape, dtype=self.acc) if needs[1] else None
         self.dbias: Tensor | None = None
 
@@ -127,14 +129,12 @@ class _Chunks:
         for begin in range(0, N, step):
             rows = slice(begin, min(begin + step, N))
             logits = buffer[: rows.stop - begin]
-            if self.own:
+            if own(self.compute, logits.shape[0]):
                 product(self.x[rows], self.weight.t(), self.bias, into=logits)
             elif self.bias is None:
                 torch.mm(self.x[rows].to(self.acc), self.weight.t(), out=logits)
             else:
-                torch.addmm(
-                    self.bias, self.x[rows].to(self.acc), self.weight.t(), out=logits
-                )
+                torch.addmm(self.bias, self.x[rows].to(self.acc), self.weight.t(), out=logits)
             yield rows, logits
 
     def add_gradients(self, rows: slice, dlogits: Tensor) -> None:

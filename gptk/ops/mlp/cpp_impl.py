@@ -60,9 +60,7 @@ def backward(
         db2 = sum_rows(dy, b2_dtype)
     if need_dx or need_dw1 or need_db1:
         if own(x.dtype, x.shape[0]):
-            dpre, hidden = product(
-                dy, w2, activation=activation, slope_of=pre, keep_value=need_dw2
-            )
+            dpre, hidden = product(dy, w2, activation=activation, slope_of=pre, keep_value=need_dw2)
             db1 = sum_rows(dpre, b1_dtype) if need_db1 and b1_dtype else None
         else:
             dpre, hidden, db1 = activate_backward(
