@@ -283,7 +283,7 @@ def describe(name: str) -> str:
                 else (f"an integer from {low} to {high}")
             )
         return f"a number from {low:g} to {high:g}" + ("" if closed else f" (below {high:g})")
-    if KINDS.get(name, bool if name == "extend" else str) is bool:
+    if KINDS.get(name, bool if name in ("extend", "breakdown") else str) is bool:
         return "True or False"
     return "auto, cpu, cuda, cuda:N (N up to 999) or mps" if name == "device" else "a path"
 

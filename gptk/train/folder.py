@@ -40,12 +40,9 @@ def prepare(request: Request) -> tuple[Path, TrainConfig]:
             the same run, with old and new value of every field that differs.
     """
     with _reachable(request):
-        if request.resume is not None:
-            stored = _stored_config(request.resume, request.resume_must_exist)
-            if stored is not None:
-                resumed = _with_whole_path(_resumed_config(stored, request))
-                return _writable(request.resume, "--resume"), resumed
-        resolved = _with_whole_path(config.resolve(request.config))
+        resolved, resumes = settings(request)
+        if request.resume is not None and resumes:
+            return _writable(request.resume, "--resume"), resolved
         if resolved.run.out is None:
             folder = _next_free(resolved.preset)
             return _writable(folder), config.replace(resolved, {"out": str(folder)})
@@ -53,6 +50,20 @@ def prepare(request: Request) -> tuple[Path, TrainConfig]:
         if request.resume is None:
             refuse_taken(folder)
         return _writable(folder), resolved
+
+
+def settings(request: Request) -> tuple[TrainConfig, bool]:
+    """The resolved configuration, and whether it is that of a run to resume. Only reads.
+
+    Raises:
+        ConfigError: there is no such run, or it would not be the same run.
+    """
+    with _reachable(request):
+        if request.resume is not None:
+            stored = _stored_config(request.resume, request.resume_must_exist)
+            if stored is not None:
+                return _with_whole_path(_resumed_config(stored, request)), True
+        return _with_whole_path(config.resolve(request.config)), False
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,11 +45,10 @@ class Position:
 
 
 @dataclass
-class Run:
-    """A run, ready to train: settings, live objects, position."""
+class Training:
+    """All that a step needs, in memory: settings, live objects, position."""
 
     config: TrainConfig
-    path: Path
     data: RunData
     model: GPT
     optimizer: AdamW
@@ -59,8 +58,32 @@ class Run:
     peak: float | None  # FLOP/s of this machine, None if unknown
     identity: dict[str, Any]  # what must be equal on resume
     at: Position
-    metrics: Metrics
     progress: Progress
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """The step's FLOP/s over the peak; None where the peak is unknown, or lower than that:
+        then the probe has not found it (float16 on a CPU, whose probe is no fast path)."""
+        if self.peak is None:
+            return None
+        mfu = self.model.flops_per_token(self.config.model.block_size) * tokens_per_s / self.peak
+        return mfu if mfu <= 1 else None
+
+
+@dataclass
+class Run(Training):
+    """A training with the folder that keeps it."""
+
+    path: Path
+    metrics: Metrics
+
+
+class Done(NamedTuple):
+    """What a step has come to."""
+
+    loss: float
+    lr: float
+    grad_norm: float  # before clipping
+    n_tokens: int
 
 
 def train(run: Run, stop: Stop) -> None:
@@ -70,11 +93,11 @@ def train(run: Run, stop: Stop) -> None:
         NonFinite: the run cannot go on; the last checkpoint is as it was.
         CheckpointError: a save failed; the checkpoints before it are intact.
     """
-    optim, settings, at = run.config.optim, run.config.run, run.at
+    settings, at = run.config.run, run.at
     run.model.train()
     with _quiet_garbage_collector() as freeze:
         while True:
-            last = at.step == optim.max_steps
+            last = at.step == run.config.optim.max_steps
             if (last or at.step % settings.eval_interval == 0) and at.evaluated != at.step:
                 _validate(run, stop)
             if last or stop or at.step % settings.save_interval == 0:
@@ -82,33 +105,42 @@ def train(run: Run, stop: Stop) -> None:
             if last or stop:
                 return
             start = time.perf_counter()
-            lr = learning_rate(
-                at.step,
-                max_lr=optim.learning_rate,
-                min_lr=optim.min_lr or 0.0,
-                warmup_steps=optim.warmup_steps,
-                max_steps=optim.max_steps,
-            )
-            batches = [
-                run.data.train_batch(at.cursor + i, run.device) for i in range(optim.grad_accum)
-            ]
-            loss, n_tokens = accumulate(
-                run.model,
-                batches,
-                seed=settings.seed,
-                step=at.step,
-                autocast=run.autocast,
-                scaler=run.scaler,
-            )
-            grad_norm = _update(run, lr, float(loss))
-            at.step += 1
-            at.tokens += n_tokens
-            at.cursor += len(batches)
-            _log(run, float(loss), lr, grad_norm, n_tokens, time.perf_counter() - start)
+            done = one_step(run)
+            _log(run, done, time.perf_counter() - start)
             freeze()
 
 
-def _update(run: Run, lr: float, loss: float) -> float:
+def one_step(run: Training) -> Done:
+    """Train on the next micro-batches, one optimizer step, and move the position past it.
+
+    Raises:
+        NonFinite: with nothing changed.
+    """
+    optim, at = run.config.optim, run.at
+    lr = learning_rate(
+        at.step,
+        max_lr=optim.learning_rate,
+        min_lr=optim.min_lr or 0.0,
+        warmup_steps=optim.warmup_steps,
+        max_steps=optim.max_steps,
+    )
+    batches = [run.data.train_batch(at.cursor + i, run.device) for i in range(optim.grad_accum)]
+    loss, n_tokens = accumulate(
+        run.model,
+        batches,
+        seed=run.config.run.seed,
+        step=at.step,
+        autocast=run.autocast,
+        scaler=run.scaler,
+    )
+    grad_norm = _update(run, lr, float(loss))
+    at.step += 1
+    at.tokens += n_tokens
+    at.cursor += len(batches)
+    return Done(float(loss), lr, grad_norm, n_tokens)
+
+
+def _update(run: Training, lr: float, loss: float) -> float:
     """One optimizer step at `lr`; returns the gradient norm before clipping.
 
     Raises:
@@ -141,7 +173,7 @@ def _update(run: Run, lr: float, loss: float) -> float:
     return float(optimizer.grad_norm)
 
 
-def _non_finite(run: Run, what: str) -> str:
+def _non_finite(run: Training, what: str) -> str:
     first = run.at.cursor
     batches = f"{first} to {first + run.config.optim.grad_accum - 1}"
     return (
@@ -151,7 +183,7 @@ def _non_finite(run: Run, what: str) -> str:
     )
 
 
-def _last_checkpoint(run: Run) -> str:
+def _last_checkpoint(run: Training) -> str:
     saved = run.at.saved
     return f"The last checkpoint is of step {saved}" if saved >= 0 else "There is no checkpoint yet"
 
@@ -183,19 +215,16 @@ def _validate(run: Run, stop: Stop) -> Score | None:
     return score
 
 
-def _log(run: Run, loss: float, lr: float, grad_norm: float, n_tokens: int, seconds: float) -> None:
-    tokens_per_s = n_tokens / seconds
-    flops = run.model.flops_per_token(run.config.model.block_size)
-    mfu = None if run.peak is None else flops * tokens_per_s / run.peak
+def _log(run: Run, done: Done, seconds: float) -> None:
+    tokens_per_s = done.n_tokens / seconds
     record: dict[str, Any] = {
         "step": run.at.step,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": grad_norm,
+        "loss": done.loss,
+        "lr": done.lr,
+        "grad_norm": done.grad_norm,
         "tokens": run.at.tokens,
         "tokens_per_s": tokens_per_s,
-        # above 1 the probe has not found the peak: float16 on a CPU, whose probe is no fast path
-        "mfu": mfu if mfu is not None and mfu <= 1 else None,
+        "mfu": run.mfu(tokens_per_s),
         "ms": seconds * 1e3,
     }
     if run.scaler is not None:

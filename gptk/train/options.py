@@ -35,7 +35,7 @@ NANOGPT_NAMES = {
 
 @dataclass(frozen=True)
 class StartConfig:
-    """Where the other settings come from."""
+    """Where the other settings come from, and what is done with them."""
 
     config: str | None = None
     """JSON file of settings (a run's config.json, or {"n_layer": 2, ...}); flags are stronger."""
@@ -43,6 +43,8 @@ class StartConfig:
     """Continue a run, bit for bit: --resume RUN, or --out RUN --resume."""
     extend: bool = False
     """With --resume: let --max-steps grow; this stretches the learning-rate schedule."""
+    breakdown: bool = False
+    """Instead of training, print where a step's time goes: up to 10 steps, nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Options(TrainConfig):
 
 FLAGS = Flags(
     verb="train",
-    kinds={"preset": str, "config": str, "resume": str, "extend": bool, **KINDS},
+    kinds={"preset": str, "config": str, "resume": str, "extend": bool, "breakdown": bool, **KINDS},
     describe=describe,
     choices=CHOICES,
     optional_value=("resume",),
@@ -79,6 +81,8 @@ class Request:
     extend: bool
     notes: tuple[str, ...] = ()
     """Lines about settings that have no effect."""
+    breakdown: bool = False
+    """Measure steps instead of training."""
 
 
 def parse(argv: list[str]) -> Request:
@@ -111,11 +115,18 @@ def parse(argv: list[str]) -> Request:
     extend = options.start.extend
     if extend and resume is None:
         raise ConfigError("--extend is for a run that goes on: add --resume RUN")
+    breakdown = options.start.breakdown
+    if extend and breakdown:
+        raise ConfigError("--breakdown keeps no step, so there is nothing to extend; leave one out")
     notes = []
+    if breakdown and config.run.out is not None and resume is None:
+        notes.append("note: --out has no effect, for --breakdown writes nothing")
     if "vocab_size" in flags and config.data.tokenizer != "bpe" and resume is None:
         kind = config.data.tokenizer
         notes.append(f"note: --vocab-size has no effect, for --tokenizer {kind} finds its own")
-    return Request(config, explicit, resume, bool(texts.get("resume")), extend, tuple(notes))
+    return Request(
+        config, explicit, resume, bool(texts.get("resume")), extend, tuple(notes), breakdown
+    )
 
 
 def _resume_folder(resume: str | None, out: str | None) -> Path | None:

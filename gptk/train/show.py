@@ -9,7 +9,7 @@ import torch
 from gptk.flags import Failure
 from gptk.ops import contract
 from gptk.train import config, hardware, report
-from gptk.train.loop import NonFinite, Run, train
+from gptk.train.loop import NonFinite, Run, Training, train
 from gptk.train.stop import Stop
 
 SAMPLE_TOKENS = 300
@@ -17,8 +17,8 @@ INTERPRETED_SAMPLE_TOKENS = 32
 """In Triton's interpreter, where a token takes a third of a second."""
 
 
-def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) -> list[str]:
-    """The block of facts that a run begins with."""
+def describe(a_run: Training, dtype: torch.dtype, reason: str, place: str) -> list[str]:
+    """The block of facts that a run begins with; `place` is what is said of its folder."""
     model, data, settings = a_run.model, a_run.data, a_run.config
     optim = settings.optim
     per_step = optim.batch_size * optim.grad_accum * settings.model.block_size
@@ -27,8 +27,7 @@ def describe(a_run: Run, dtype: torch.dtype, reason: str, resumed: Path | None) 
     peak = "unknown" if a_run.peak is None else f"{a_run.peak / 1e9:,.0f} GFLOP/s"
     return [
         f"configuration  {json.dumps({'preset': settings.preset, **config.flatten(settings)})}",
-        f"run folder     {a_run.path}"
-        + (f", continuing from {resumed.name}" if resumed is not None else ""),
+        f"run folder     {place}",
         f"data           {data.summary}",
         f"tokenizer      {settings.data.tokenizer}, {data.vocab_size:,} tokens, "
         f"{data.bytes_per_token:.2f} bytes of text each"

@@ -1,6 +1,7 @@
 """From a request to a run: checks, data, model, optimizer, the resumed state; then train and show.
 
-Everything that can be wrong is found here, before step 1, and said in one sentence.
+With --breakdown the same training is measured instead, in memory. Everything that can be wrong is
+found here, before step 1, and said in one sentence.
 """
 
 import contextlib
@@ -18,10 +19,10 @@ import torch
 from gptk.model import GPT, GPTConfig
 from gptk.ops import contract
 from gptk.optim import AdamW
-from gptk.train import checkpoint, config, folder, hardware, state
+from gptk.train import breakdown, checkpoint, config, folder, hardware, state
 from gptk.train.config import ConfigError, TrainConfig
 from gptk.train.data import RunData, load_text, load_tokenizer, make_tokenizer
-from gptk.train.loop import Position, Run
+from gptk.train.loop import Position, Run, Training
 from gptk.train.metrics import Metrics
 from gptk.train.options import Request
 from gptk.train.progress import Progress, steady_display
@@ -35,8 +36,11 @@ def run(request: Request) -> int:
         ConfigError: the request cannot be met; nothing was trained.
         CheckpointError: no usable checkpoint, or a save failed.
     """
-    with steady_display("gptk train"), opened(request) as a_run:
-        return train_and_show(a_run)
+    with steady_display("gptk train"):
+        if request.breakdown:
+            return breakdown.measure_and_show(in_memory(request))
+        with opened(request) as a_run:
+            return train_and_show(a_run)
 
 
 @contextlib.contextmanager
@@ -54,22 +58,58 @@ def opened(request: Request) -> Iterator[Run]:
             folder.refuse_taken(path)  # again: another run may have come and gone meanwhile
         check_backend(settings.run.backend)
         device = hardware.choose_device(settings.run.device)
-        if device.type == "cpu":
-            hardware.keep_freed_memory()
-        dtype, dtype_reason = hardware.choose_dtype(settings.run.dtype, device)
-        root = path / folder.CHECKPOINTS
-        checkpoint.recover(root)
-        resumed = checkpoint.newest(root, print) if request.resume is not None else None
-        if request.resume is not None and resumed is None:
-            print(f"{path} has no checkpoint yet: starting at step 0")
-        stored = state.read(resumed) if resumed else None
-        data = _load_data(settings, path, resumed, stored)
-        a_run = _assemble(path, settings, data, device, dtype, resumed, stored)
-        at_end.callback(a_run.metrics.close)
-        for line in (*describe(a_run, dtype, dtype_reason, resumed), *request.notes):
-            print(line)
-        sys.stdout.flush()
-        yield a_run
+        checkpoint.recover(path / folder.CHECKPOINTS)
+        training, resumed, facts = _prepared(request, settings, device, path)
+        log = path / "metrics.jsonl"
+        if resumed is None:
+            _keep_log(log)
+        # the configuration first: a folder with anything of a run in it can then be resumed
+        folder.save_config(path, settings)
+        training.data.save(path)
+        metrics = Metrics(log, training.at.step if resumed else None)
+        at_end.callback(metrics.close)
+        _say(facts, request)
+        yield Run(**vars(training), path=path, metrics=metrics)
+
+
+def in_memory(request: Request) -> Training:
+    """The training that `request` asks for, as `opened` has it, with no file made or changed."""
+    settings, _ = folder.settings(request)
+    check_backend(settings.run.backend)
+    device = hardware.choose_device(settings.run.device)
+    breakdown.check_measurable(settings, device)
+    training, _, facts = _prepared(request, settings, device, None)
+    _say(facts, request)
+    return training
+
+
+def _prepared(
+    request: Request, settings: TrainConfig, device: torch.device, path: Path | None
+) -> tuple[Training, Path | None, list[str]]:
+    """(the training, the checkpoint that it continues from, the facts about it); only reads.
+
+    `path` is the folder that will keep the run, None for none.
+    """
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
+    dtype, dtype_reason = hardware.choose_dtype(settings.run.dtype, device)
+    source, resumed = request.resume, None
+    if source is not None:
+        resumed = checkpoint.newest(source / folder.CHECKPOINTS, print)
+        if resumed is None:
+            print(f"{source} has no checkpoint yet: starting at step 0")
+    stored = state.read(resumed) if resumed else None
+    data = _load_data(settings, source, resumed, stored)
+    training = _assemble(settings, data, device, dtype, resumed, stored)
+    place = "none, for --breakdown writes nothing" if path is None else str(path)
+    place += f", continuing from {resumed.name}" if resumed is not None else ""
+    return training, resumed, describe(training, dtype, dtype_reason, place)
+
+
+def _say(facts: list[str], request: Request) -> None:
+    for line in (*facts, *request.notes):
+        print(line)
+    sys.stdout.flush()
 
 
 def check_backend(name: str) -> None:
@@ -85,10 +125,10 @@ def check_backend(name: str) -> None:
 
 
 def _load_data(
-    settings: TrainConfig, path: Path, resumed: Path | None, stored: dict[str, Any] | None
+    settings: TrainConfig, path: Path | None, resumed: Path | None, stored: dict[str, Any] | None
 ) -> RunData:
     """The data; of a resumed run with the checkpoint's tokenizer, and refused if it differs."""
-    if resumed is None or stored is None:
+    if path is None or resumed is None or stored is None:
         text = load_text(settings)
         return RunData(settings, text, make_tokenizer(settings, text))
     try:
@@ -110,14 +150,13 @@ def _load_data(
 
 
 def _assemble(
-    path: Path,
     settings: TrainConfig,
     data: RunData,
     device: torch.device,
     dtype: torch.dtype,
     resumed: Path | None,
     stored: dict[str, Any] | None,
-) -> Run:
+) -> Training:
     model_config = GPTConfig(vocab_size=data.vocab_size, **dataclasses.asdict(settings.model))
     identity: dict[str, Any] = {
         "config": config.to_json(settings),
@@ -153,15 +192,8 @@ def _assemble(
     if dtype != torch.float32:
         autocast = torch.autocast(device.type, dtype=dtype)
     peak = hardware.matmul_peak(device, dtype)
-    log = path / "metrics.jsonl"
-    if resumed is None:
-        _keep_log(log)
-    # the configuration first: a folder with anything of a run in it can then be resumed
-    folder.save_config(path, settings)
-    data.save(path)
-    return Run(
+    return Training(
         settings,
-        path,
         data,
         model,
         optimizer,
@@ -171,7 +203,6 @@ def _assemble(
         peak,
         identity,
         at,
-        Metrics(log, at.step if resumed else None),
         Progress(optim.max_steps, at.step, data.bytes_per_token),
     )
 

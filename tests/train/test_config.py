@@ -151,5 +151,8 @@ def test_help_names_every_flag(capsys):
         options.parse(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    flags = [config.flag(n) for n in (*config.FIELDS, "preset", "resume", "config", "extend")]
+    flags = [
+        config.flag(n)
+        for n in (*config.FIELDS, "preset", "resume", "config", "extend", "breakdown")
+    ]
     assert [flag for flag in flags if flag not in text] == []
