@@ -86,7 +86,13 @@ def threads() -> int:
 MOST_WORKSPACE = 128 * 2**20
 """Bytes: what a call needs beyond that is returned to the system after the call."""
 
-_kept = threading.local()
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_kept = _Kept()
 
 
 def workspace(name: str, elements: int, dtype: torch.dtype) -> Tensor:
@@ -95,7 +101,7 @@ def workspace(name: str, elements: int, dtype: torch.dtype) -> Tensor:
     Fresh memory costs a page fault for every 4 KiB, which takes longer than many a kernel does. One
     buffer per thread, name and dtype; of two calls that overlap in time each needs its own name.
     """
-    buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
+    buffers = _kept.buffers
     buffer = buffers.get((name, dtype))
     if buffer is None or buffer.shape[0] < elements:
         buffer = torch.empty(elements, dtype=dtype)
@@ -106,7 +112,7 @@ def workspace(name: str, elements: int, dtype: torch.dtype) -> Tensor:
 
 def release_workspaces() -> None:
     """Give this thread's workspaces back."""
-    _kept.__dict__.clear()
+    _kept.buffers.clear()
 
 
 def row_groups(rows: int) -> int:

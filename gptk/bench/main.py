@@ -1,4 +1,7 @@
-"""`gptk bench [OP ...]`: run the suite under pytest-benchmark, print, store, compare, draw."""
+"""`gptk bench [OP ...]`: run the suite under pytest-benchmark, print, store, compare, draw.
+
+`gptk bench curves` goes to gptk/bench/curves.py.
+"""
 
 import argparse
 import importlib.util
@@ -15,6 +18,7 @@ def parser(ops: list[str]) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="gptk bench",
         description="Time ops and training steps against PyTorch on this machine.",
+        epilog="gptk bench curves measures how time and memory grow; it has its own --help.",
     )
     made.add_argument("ops", nargs="*", metavar="OP", help=f"default all: {', '.join(ops)}")
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -45,14 +49,17 @@ def main(argv: list[str]) -> int:
             raise UsageError(f"gptk bench needs {name}: pip install 'gptk[bench]'")
     import pytest
 
-    from gptk.bench import report
+    from gptk.bench import curves, report, stored
     from gptk.bench.providers import TORCH
 
-    ops = [*TORCH, "adamw", "model"]
+    if argv[:1] == ["curves"]:
+        return curves.main(argv[1:])
+    ops = [*TORCH, "adamw", "model", "generate"]
     options = parser(ops).parse_args(argv)
     for op in options.ops:
         if op not in ops:
-            raise UsageError(f"gptk bench {op}: there is no such op (one of: {', '.join(ops)})")
+            words = f"one of: {', '.join(ops)}; or curves, as the first word"
+            raise UsageError(f"gptk bench {op}: there is no such op ({words})")
     before = None
     if options.compare is not None:
         before = {report.key(r): r["median"] for r in _stored(options.compare)}
@@ -79,11 +86,14 @@ def main(argv: list[str]) -> int:
     for flag in ("dtype", "backend", "case"):
         arguments += [f"--{flag}={value}" for value in getattr(options, flag) or ()]
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         arguments += [f"--benchmark-json={options.json}", "--benchmark-save-data"]
     report.ROWS.clear()
     code = int(pytest.main(arguments))
     if not report.ROWS and code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise UsageError("gptk bench: nothing matches these ops, cases, dtypes and backends")
+    if report.ROWS and options.json is not None:
+        stored.shrink(options.json)
     report.show(report.ROWS, before)
     return _draw(report.ROWS, options.plot) or code
 
