@@ -1,5 +1,6 @@
 """Every op x backend x dtype x case: the backends compute the reference's function."""
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ from equivalence import (
     tensors,
     wrong_answers,
 )
+
+from gptk import native
 
 ALL = [(op, case) for op in FUNCTIONS for case in CASES[op].CASES]
 
@@ -57,11 +60,35 @@ def torch_itself(op, case, values, dtype):
     return out, {n: grad[n] + scale * grad_error[n] for n in grad}
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@contextlib.contextmanager
+def instruction_set(level):
+    """The extension's code for another CPU; "" leaves the one in use."""
+    before = native.isa() if level else ""
+    try:
+        if level:
+            native.load().select_isa(level)
+        yield
+    finally:
+        if level:
+            native.load().select_isa(before)
+
+
+LOWER = [f"cpp@{level}" for level in native.isa_levels()[:-1]] if native.available() is None else []
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, *LOWER])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("op, case", ALL)
 def test_forward_and_every_gradient_match_the_reference(op, case, dtype, backend):
+    backend, _, level = backend.partition("@")
     need(op, backend, dtype)
+    with instruction_set(level):
+        if level:
+            assert native.isa() == level
+        matches_the_reference(op, case, dtype, backend)
+
+
+def matches_the_reference(op, case, dtype, backend):
     values = CASES[op].inputs(dtype=dtype, **CASES[op].CASES[case])
     exact_out, exact_grad = run(op, convert(values, torch.float64), "torch")
     torch_out, torch_grad = torch_itself(op, case, values, dtype)
