@@ -114,6 +114,22 @@ def test_head_and_embedding_are_one_parameter_with_both_gradients(backend):
     assert untied.wte.weight.grad.abs().max() > 0
 
 
+def test_a_large_tied_table_gets_its_rows_added_to_the_heads_gradient(backend):
+    """The embedding's own gradient is sparse then; what the parameter gets is dense, and right."""
+    config = gptk.GPTConfig(8, 4096, 1, 2, 16)
+    torch.manual_seed(0)
+    ours, theirs = gptk.GPT(config, backend=backend), gptk.GPT(config, backend="torch").double()
+    theirs.load_state_dict(ours.state_dict())
+    idx = torch.randint(4096, (2, 9))
+    idx[0] = idx[0, 0]  # a row that is used again and again
+    for _ in range(2):  # the second one is added to the first one's gradient
+        for model in (ours, theirs):
+            model(idx[:, :-1], idx[:, 1:]).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad.layout == torch.strided, name
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_state_keys_are_gpt2s():
     keys = set(build().state_dict())
     for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):

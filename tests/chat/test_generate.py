@@ -8,6 +8,7 @@ from equivalence import require
 
 from gptk import GPT, GPTConfig
 from gptk.chat.generate import Sampling, generate, probabilities, stream
+from gptk.chat.generate import draw as draw_token
 from gptk.text.tokenizer import Tokenizer
 
 BACKENDS = ["torch", "cpp", "triton"]
@@ -124,6 +125,23 @@ def test_top_k_breaks_ties_by_id(k):
 
 def test_greedy_takes_the_smallest_of_equals():
     assert probabilities(torch.zeros(70_000), Sampling(temperature=0)).argmax() == 0
+
+
+def test_tokens_are_drawn_as_often_as_is_probable():
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    drawn = draw_token(p.expand(20_000, -1), generator)
+    assert drawn.shape == (20_000, 1)
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 20_000
+    assert (shares[p[0] == 0] == 0).all()
+    assert (shares - p[0]).abs().max() < 0.015  # 4 standard deviations
+
+
+def test_the_ends_of_the_range_draw_no_impossible_token(monkeypatch):
+    p = torch.tensor([[0.0, 0.7, 0.3, 0.0]], dtype=torch.float64)
+    for u, token in ((0.0, 1), (1.0, 2)):  # 1.0 stands for what rounds up to the total
+        monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: torch.full(a, u, dtype=k["dtype"]))
+        assert draw_token(p, torch.Generator()).item() == token
 
 
 def test_the_filters_apply_in_order():
