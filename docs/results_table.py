@@ -88,6 +88,11 @@ def steps(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
+def parts(rows: list[Row]) -> str:
+    """Where a step's time goes, a line per step."""
+    return "".join(f"* {report.parts_text(row)}\n" for row in rows if row.get("parts"))
+
+
 def generation(rows: list[Row]) -> str:
     """Tokens per second and share of the roof, a column per provider."""
     kept = [row for row in rows if row["op"] == "generate"]
@@ -117,10 +122,11 @@ def ops(rows: list[Row]) -> str:
             report.time_text(ours["median"]),
             ratio(ours["median"] / theirs["median"]),
             share(ours),
+            report.time_text(ours["host"]) if ours.get("host") else "-",
         ]
         for theirs, ours in pairs(kept)
     ]
-    return markdown([*head, "gptk / PyTorch", "gptk, of roof"], lines)
+    return markdown([*head, "gptk / PyTorch", "gptk, of roof", "gptk, host"], lines)
 
 
 def growth(stored: curves_report.Stored) -> str:
@@ -151,7 +157,7 @@ def section(path: Path) -> str:
     if "benchmarks" in stored:
         facts, command = stored["machine_info"]["gptk"], f"gptk bench --json {name}"
         rows = report.rows_of(path)
-        tables = [steps(rows), generation(rows), ops(rows)]
+        tables = [steps(rows), parts(rows), generation(rows), ops(rows)]
     else:
         facts, command = stored["facts"], f"gptk bench curves --json {name}"
         tables = [growth(stored)]

@@ -139,6 +139,31 @@ def _seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
+def host_seconds(function: Step, calls: int = 20) -> float | None:
+    """Of one call on the CPU, what is not inside kernels of the extension: checks, allocations, the
+    autograd engine. The median; None where no such kernel runs."""
+    samples = []
+    for _ in range(calls):
+        with timed_kernels() as tally:
+            seconds = _seconds(function)
+        if not tally:
+            return None
+        samples.append(seconds - sum(spent for spent, _, _ in tally.values()))
+    return statistics.median(samples)
+
+
+def facts(breakdown: Breakdown) -> dict[str, Any]:
+    """The breakdown as JSON: seconds and counts per step."""
+    return {
+        "seconds": breakdown.timed_seconds,
+        "kernels": {part.name: part.seconds for part in breakdown.kernels},
+        "rest": breakdown.rest,
+        "kernel_calls": breakdown.kernel_calls,
+        "operator_calls": breakdown.operator_calls,
+        "allocations": breakdown.allocations,
+    }
+
+
 def _longest_first(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(sorted(parts, key=lambda part: -part.seconds))
 

@@ -86,6 +86,18 @@ def peak_memory(function: Call, device: str = "cpu") -> int:
     return most
 
 
+def host_seconds(function: Call, calls: int = 20) -> float:
+    """Until a call returns that only enqueues work on a GPU: the median."""
+    samples = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(samples)
+
+
 def copy_bandwidth(device: str = "cpu", seconds: float = 0.5) -> float:
     """Bytes per second, read and written, of copying 128 MB."""
     a = torch.ones(2**25, device=device)

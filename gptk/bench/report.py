@@ -53,14 +53,35 @@ def show(rows: list[dict[str, Any]], before: dict[tuple[str, ...], float] | None
     for op, members in groups.items():
         table = Table(title=op, title_justify="left", box=None, pad_edge=False)
         names = ["case", "dtype", "pass", "provider", "median", "p20", "p80", "n", "rate"]
-        names += ["of roof", "peak mem", "error", "time", *(["vs before"] if before else [])]
+        names += ["of roof", "host", "peak mem", "error", "time"]
+        names += ["vs before"] if before else []
         for name in names:
             left = name in ("case", "dtype", "pass", "provider")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
         for one in members:
             table.add_row(*cells(one, before))
         console.print(table)
+        for one in members:
+            if one.get("parts"):
+                console.print(parts_text(one), highlight=False)
         console.print()
+
+
+def parts_text(one: dict[str, Any]) -> str:
+    """Where the time of a training step goes: kernels of the extension, and all the rest."""
+    parts = one["parts"]
+    shares = {**parts["kernels"], "everything else": parts["rest"]}
+    shown = ", ".join(
+        f"{name} {seconds / parts['seconds']:.0%}"
+        for name, seconds in sorted(shares.items(), key=lambda item: -item[1])
+        if seconds >= 0.005 * parts["seconds"]
+    )
+    rest = time_text(parts["rest"])
+    return (
+        f"{one['case']}, {one['provider']}: {shown}. Everything else is {rest}: "
+        f"{parts['kernel_calls']:.0f} kernel calls, {parts['operator_calls']:.0f} of PyTorch's "
+        f"operators, {parts['allocations']} allocations."
+    )
 
 
 def key(one: dict[str, Any]) -> tuple[str, ...]:
@@ -84,6 +105,7 @@ def cells(one: dict[str, Any], before: dict[tuple[str, ...], float] | None) -> l
         str(one["n"]),
         rate_text(one),
         f"{one['share']:.0%}" if one["share"] else "",
+        time_text(one["host"]) if one.get("host") else "",
         f"{one['peak_bytes'] / 2**20:,.1f} MiB",
         "" if error is None or math.isnan(error) else f"{error:.2f}",
         f"[red]{ratio}[/red]" if slow else ratio,
@@ -102,7 +124,9 @@ def time_text(seconds: float) -> str:
 
 
 def rate_text(one: dict[str, Any]) -> str:
-    """GFLOP/s or GB/s."""
+    """Tokens/s, GFLOP/s or GB/s."""
+    if one.get("tokens"):
+        return f"{one['tokens'] / one['median']:,.0f} tok/s"
     if not one["rate"]:
         return ""
     return f"{one['rate'] / 1e9:,.0f} {'GFLOP/s' if one.get('flops') else 'GB/s'}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptk.bench import gate, generation, measure, models
+from gptk.bench import breakdown, gate, generation, measure, models
 from gptk.bench.plugin import DTYPES, REPLAY, chosen_backends, chosen_dtypes
 from gptk.bench.providers import PYTORCH, TORCH, providers
 from gptk.optim import AdamW
@@ -16,6 +16,8 @@ from gptk.optim import AdamW
 SETS = 3
 """Sets of inputs that a provider is given in turns."""
 MODES = ("forward", "forward+backward")
+PARTED_STEPS = 4
+"""Training steps that are taken apart, each way (breakdown.measure)."""
 _measured: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
@@ -107,6 +109,7 @@ def test_op(
         roof=roofline[dtype] if flops else roofline["copy"],
         peak_bytes=found["memory"][name],
         error_ratio=found["verdicts"][name].ratio,
+        host=found["host"].get(name),
         baseline=measure.quantiles(found["seconds"][PYTORCH])[0],
     )
 
@@ -134,9 +137,15 @@ def measure_op(
         if verdicts[name].passed
     }
     memory = {name: measure.peak_memory(c[0], device) for name, c in calls.items()}
+    host = {
+        name: breakdown.host_seconds(c[0]) if device == "cpu" else measure.host_seconds(c[0])
+        for name, c in calls.items()
+        if name.startswith("gptk") or device != "cpu"
+    }
     return {
         "verdicts": verdicts,
         "memory": memory,
+        "host": {name: seconds for name, seconds in host.items() if seconds is not None},
         "seconds": measure.interleaved(calls, device),
     }
 
@@ -273,6 +282,7 @@ def test_step(step_case: tuple[str, str], roofline: Any, record: Any, request: A
         peak_bytes=found["memory"][name],
         error_ratio=found["verdicts"][name].ratio,
         tokens=models.SIZES[size].batch_size * models.SIZES[size].config.block_size,
+        parts=found["parts"].get(name),
         baseline=min(measure.quantiles(s)[0] for s in theirs),
     )
 
@@ -290,9 +300,15 @@ def measure_steps(size: str, config: pytest.Config) -> dict[str, Any]:
         found[name].forget()
         memory[name] = measure.peak_memory(step, device)
         found[name].forget()
+    parts = {
+        name: breakdown.facts(breakdown.measure(step, PARTED_STEPS))
+        for name, step in steps.items()
+        if name.startswith("gptk") and device == "cpu"
+    }
     return {
         "verdicts": verdicts,
         "memory": memory,
+        "parts": parts,
         "seconds": measure.interleaved({name: [step] for name, step in steps.items()}, device),
     }
 
