@@ -116,6 +116,18 @@ class Block(nn.Module):
 BLOCK_PARTS = (LayerNorm, CausalSelfAttention, LayerNorm, MLP, *(nn.Linear,) * 4)
 
 
+class DenseGradient(torch.autograd.Function):
+    """The weight itself; what all its uses give as a gradient leaves as one dense tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 class GPT(nn.Module):
     """model(idx) -> logits (B, T, V); model(idx, targets) -> the loss, logits not stored."""
 
@@ -160,17 +172,11 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens for block_size={self.config.block_size}")
         p = self.config.dropout if self.training else 0.0
         seed = (draw_seed() if p else 0) if seed is None else seed
-        # The tied weight's gradient is V x C from the head; to add a few rows to it is cheaper
-        # than to make a second one, of zeros but for these rows, and add that.
-        sparse = (
-            targets is not None
-            and self.wte.weight.numel() > 16 * idx.numel() * self.config.n_embd
-            and self.wte.weight is self.lm_head.weight
-            and idx.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not transformed()
-        )
-        x = F.embedding(idx, self.wte.weight, sparse=sparse) + self.wpe.weight[past : past + T]
+        table, weight = self.wte.weight, self.lm_head.weight
+        sparse = targets is not None and self._few_rows(idx)
+        if sparse:
+            table = weight = DenseGradient.apply(weight)
+        x = F.embedding(idx, table, sparse=sparse) + self.wpe.weight[past : past + T]
         x = dropout(x, p, derive_seed(seed, self.config.n_layer, 0))
         branch: Tensor | None = None
         for layer, block in enumerate(self.h):
@@ -179,10 +185,22 @@ class GPT(nn.Module):
         y, _ = self.ln_f(branch, x, derive_seed(seed, self.config.n_layer, 1))
         if cache is not None:
             cache.length += T
-        weight = self.lm_head.weight
         if targets is None:
             return linear(y, weight, backend=self.backend)
         return linear_cross_entropy(y, weight, targets, reduction=reduction, backend=self.backend)
+
+    def _few_rows(self, idx: Tensor) -> bool:
+        """The tied weight's gradient is V x C from the head. To add a few rows to it is cheaper
+        than to make a second one, of zeros but for these rows, and to add that."""
+        weight = self.lm_head.weight
+        return (
+            weight.numel() > 16 * idx.numel() * self.config.n_embd
+            and weight is self.wte.weight
+            and idx.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not transformed()
+            and kernels_of(("linear_cross_entropy",), self.backend, "cpu", weight.dtype) is not None
+        )
 
     def new_cache(
         self,

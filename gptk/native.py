@@ -104,7 +104,8 @@ def workspace(name: str, elements: int, dtype: torch.dtype) -> Tensor:
     buffers = _kept.buffers
     buffer = buffers.get((name, dtype))
     if buffer is None or buffer.shape[0] < elements:
-        buffer = torch.empty(elements, dtype=dtype)
+        with torch.inference_mode(False):  # it outlives the caller's modes
+            buffer = torch.empty(elements, dtype=dtype, device="cpu")
         if elements * dtype.itemsize <= MOST_WORKSPACE:
             buffers[name, dtype] = buffer
     return buffer

@@ -130,6 +130,17 @@ def test_a_large_tied_table_gets_its_rows_added_to_the_heads_gradient(backend):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_loss_beside_the_head_gives_the_table_a_dense_gradient_too(backend):
+    model = gptk.GPT(gptk.GPTConfig(8, 4096, 1, 2, 16), backend=backend)
+    hidden = []
+    model.ln_f.register_forward_hook(lambda module, given, out: hidden.append(out[0]))
+    idx = torch.randint(4096, (1, 9))
+    model(idx[:, :-1], idx[:, 1:])
+    hidden[0].square().sum().backward()
+    assert model.wte.weight.grad.layout == torch.strided
+    assert (model.wte.weight.grad != 0).any(1).sum() == idx[:, :-1].unique().numel()
+
+
 def test_state_keys_are_gpt2s():
     keys = set(build().state_dict())
     for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):

@@ -45,3 +45,11 @@ def test_each_thread_has_its_own():
     thread.join()
     assert theirs[0].data_ptr() != mine.data_ptr()
     assert address() == mine.data_ptr()
+
+
+def test_the_callers_modes_do_not_stick_to_it():
+    with torch.inference_mode(), torch.device("meta"):
+        kept = native.workspace("a", 10, torch.float32)
+    assert kept is native.workspace("a", 10, torch.float32)
+    assert kept.device.type == "cpu"
+    kept.zero_()  # of an inference tensor an error

@@ -96,13 +96,14 @@ template <typename A> void rescale_rows(const A* rescale, int64_t queries, int64
 
 template <typename T, typename E, typename A = typename ElementOf<E>::acc>
 void write_out(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t queries,
-               const Scratch<E>& s) {
+               const Visibility& see, const Scratch<E>& s) {
   constexpr int W = Lanes<A>::value;
   const int64_t ldo = round_up(a.Dv, Panel<A>::value);
   A* lse = static_cast<A*>(a.lse) + (b * a.H + h) * a.Tq + query0;
   T* out = static_cast<T*>(a.out) + ((b * a.Tq + query0) * a.H + h) * a.Dv;
   for (int64_t r = 0; r < queries; r++, out += a.H * a.Dv) {
-    const bool no_keys = s.sum[r] == A(0);
+    const Range keys = see.keys(query0 + r);
+    const bool no_keys = keys.begin >= keys.end;  // seen keys whose scores are all -inf give NaN
     lse[r] = no_keys ? static_cast<A>(-__builtin_inf()) : s.max[r] + log(s.sum[r]);
     const Vec<A> factor = broadcast(no_keys ? A(0) : A(1) / s.sum[r]);
     for (int64_t c = 0; c < a.Dv; c += W) {
@@ -165,7 +166,7 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
                                  });
     }
   }
-  write_out<T>(a, b, h, query0, queries, s);
+  write_out<T>(a, b, h, query0, queries, see, s);
 }
 
 template <typename T> void forward(const Args& a) {

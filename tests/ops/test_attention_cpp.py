@@ -370,6 +370,17 @@ def test_inputs_are_not_written():
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_of_minus_infinity_alone_are_not_a_row_without_keys(dtype):
+    q, k, v, _ = inputs(H=1, Tq=3, Tk=3, dtype=dtype)
+    q, k = q.abs() + 1, k.abs() + 1
+    k[:, :, 0] = -math.inf
+    out, lse = cpp_impl.forward(q, k, v, True, 1.0, 0.0, 0, None)
+    assert out[:, :, 0].isnan().all()  # as softmax has it
+    assert out[:, :, 1:].isfinite().all()
+    assert (lse[:, :, 0] == -math.inf).all()
+
+
 @pytest.mark.parametrize("level", native.isa_levels())
 def test_every_instruction_set(level):
     """This file's numerical tests once more, in a process confined to the level."""

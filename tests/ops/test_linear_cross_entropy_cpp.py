@@ -116,13 +116,47 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(loss(leaves, target), leaves, create_graph=True)
 
 
-def test_a_weight_changed_before_backward_is_an_error():
+def test_a_weight_changed_after_the_loss_changes_no_gradient():
+    """They are there already; only forming them again needs the weight."""
     leaves, target = inputs()
+    expected = torch.autograd.grad(loss(leaves, target), leaves)
     value = loss(leaves, target)
     with torch.no_grad():
         leaves[1].mul_(2)
+    for a, b in zip(torch.autograd.grad(value, leaves, retain_graph=True), expected, strict=True):
+        assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("how", ["autocast", "parameters"])
+def test_a_scaled_float16_loss_does_not_underflow(how, reduction):
+    """The scale of a GradScaler must reach the gradients of the logits before they are rounded."""
+    torch.manual_seed(0)
+    N, C, V, scale = 64, 16, 3000, 16384.0 / (64 if reduction == "sum" else 1)
+    kind = torch.float16 if how == "parameters" else torch.float32
+    x, w = torch.randn(N, C).to(kind).requires_grad_(), torch.randn(V, C).to(kind).requires_grad_()
+    target = torch.randint(V, (N,))
+    found = {}
+    for backend in ("cpp", "torch"):
+        with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+            value = GF.linear_cross_entropy(x, w, target, reduction=reduction, backend=backend)
+        found[backend] = torch.autograd.grad(value.float() * scale, (x, w))
+    wide = [t.detach().half().double().requires_grad_() for t in (x, w)]
+    exact = torch.autograd.grad(
+        F.cross_entropy(wide[0] @ wide[1].t(), target, reduction=reduction) * scale, wide
+    )
+    for ours, theirs, right in zip(found["cpp"], found["torch"], exact, strict=True):
+        assert (ours - right).norm() <= 2 * (theirs - right).norm() + 1e-3 * right.norm()
+
+
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
+def test_a_broken_upstream_gradient_leaves_ignored_rows_alone(upstream):
+    leaves, target = inputs(ignored=2)
+    dx, _, _ = torch.autograd.grad(loss(leaves, target), leaves, torch.tensor(upstream).double())
+    assert (dx[:2] == 0).all()
+    assert not dx[2:].isfinite().any()
 
 
 def test_a_loss_that_is_dropped_takes_its_gradients_with_it():

@@ -61,7 +61,9 @@ def linear_cross_entropy(
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
         loss = definition(rows, linear_weight, flat, linear_bias, *options)
-    elif reduction != "none" and hasattr(impl, "loss_and_gradients") and torch.is_grad_enabled():
+    elif reduction != "none" and _gradients_come_with_the_loss(
+        impl, cast or input.dtype, input, linear_weight, linear_bias
+    ):
         loss = ReducedFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, *options, cast, reduction
         )
@@ -73,6 +75,19 @@ def linear_cross_entropy(
     loss = reduce_rows(loss, flat, ignore, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return loss if cast is not None else loss.to(input.dtype)
+
+
+def _gradients_come_with_the_loss(
+    impl: ModuleType, compute: torch.dtype, *tensors: Tensor | None
+) -> bool:
+    """Not in float16: what a GradScaler multiplies the loss by has to be in the gradients of the
+    logits before they are rounded, or they underflow."""
+    kinds = {compute, *(t.dtype for t in tensors if t is not None)}
+    return (
+        hasattr(impl, "loss_and_gradients")
+        and torch.float16 not in kinds
+        and torch.is_grad_enabled()
+    )
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -160,14 +175,14 @@ class ReducedFunction(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        x, w, b, target, lse, dloss = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
+        if gradients is None or not upstream.isfinite():  # NaN stays out of ignored rows
+            x, w, b, target, lse, dloss = ctx.saved_tensors
             gradients = ctx.impl.backward(
-                dloss, x, w, b, target, lse, *ctx.options, *ctx.dtypes, needs
-            )
-        if upstream != 1:
+                dloss * upstream, x, w, b, target, lse, *ctx.options, *ctx.dtypes,
+                ctx.needs_input_grad[1:4],
+            )  # fmt: skip
+        elif upstream != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(upstream)
