@@ -116,6 +116,12 @@ def release_workspaces() -> None:
     _kept.buffers.clear()
 
 
+def alive(*tensors: Tensor | None) -> None:
+    """Does nothing. Called after a kernel with what the kernel was given by address: a frame that
+    torch.compile has cut there would else drop what it sees no more use of, before the kernel runs.
+    """
+
+
 def row_groups(rows: int) -> int:
     """Groups into which `rows` are split for sums over rows: a function of the size alone, so that
     the result has the same bits for any number of threads. At least 16 rows each, at most 64."""

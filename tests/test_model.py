@@ -141,6 +141,23 @@ def test_a_loss_beside_the_head_gives_the_table_a_dense_gradient_too(backend):
     assert (model.wte.weight.grad != 0).any(1).sum() == idx[:, :-1].unique().numel()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_trains_alike():
+    """torch.compile breaks its graphs at the kernels, and must not drop what they were given."""
+    reason = missing("attention", "cpp")
+    if reason:
+        pytest.skip(reason)
+    grads = []
+    for compiled in (False, True):
+        model = build("cpp", dropout=0.1)
+        run = torch.compile(model, backend="eager") if compiled else model
+        for step in range(3):
+            run(tokens(2, 16), tokens(2, 16, seed=2), seed=step).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for eager, other in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, other)
+
+
 def test_state_keys_are_gpt2s():
     keys = set(build().state_dict())
     for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gptk.native import ACC, ACTIVATION, DTYPE, load, row_groups, threads
+from gptk.native import ACC, ACTIVATION, DTYPE, alive, load, row_groups, threads
 from gptk.ops.cpp_product import FEW_ROWS, owns, product, product_dtype
 
 
@@ -72,6 +72,7 @@ def activate(
         0 if bias is None else DTYPE[bias.dtype],
         threads(),
     )
+    alive(product, bias)
     return y, pre
 
 
@@ -109,6 +110,7 @@ def activate_backward(
         DTYPE[pre.dtype],
         threads(),
     )
+    alive(dy, pre, partial)
     return dpre, y, dbias
 
 
@@ -135,4 +137,5 @@ def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
         0,
         threads(),
     )
+    alive(dy, partial)
     return total

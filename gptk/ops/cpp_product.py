@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, ACTIVATION, DTYPE, isa, load, threads, workspace
+from gptk.native import ACC, ACTIVATION, DTYPE, alive, isa, load, threads, workspace
 
 OWN: dict[str, dict[torch.dtype, float]] = {
     "avx512": {torch.float32: 0.95, torch.float16: 0.95},
@@ -114,4 +114,5 @@ def product(
         0 if bias is None else DTYPE[bias.dtype],
         n_threads,
     )
+    alive(a, b, bias, slope_of, scratch)
     return c, other

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, MASK64, load, threads
+from gptk.native import ACC, DTYPE, MASK64, alive, load, threads
 
 SERIAL_BELOW = 1 << 18
 """Products (B H Tq Tk D) below which waking other threads costs more than they save."""
@@ -58,6 +58,7 @@ def forward(
         DTYPE[dtype],
         n_threads,
     )
+    alive(q, k, v, scratch)
     return out, lse
 
 
@@ -123,6 +124,7 @@ def backward(
         DTYPE[dtype],
         n_threads,
     )
+    alive(dout, q, k, v, out, lse, scratch)
     return dq, dk, dv
 
 

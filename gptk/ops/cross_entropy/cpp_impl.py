@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, load, threads
+from gptk.native import ACC, DTYPE, alive, load, threads
 
 
 def unsupported(
@@ -35,6 +35,7 @@ def forward(
         DTYPE[logits.dtype],
         threads(),
     )
+    alive(logits, target)
     return loss, lse
 
 
@@ -77,3 +78,4 @@ def write_dlogits(
         DTYPE[logits.dtype],
         threads(),
     )
+    alive(dlogits, dloss, logits, target, lse)

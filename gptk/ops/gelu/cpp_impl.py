@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import DTYPE, load, threads
+from gptk.native import DTYPE, alive, load, threads
 
 CODE = {"none": 1, "tanh": 2}  # approximate -> GPTK_GELU, GPTK_GELU_TANH
 
@@ -29,6 +29,7 @@ def forward(x: Tensor, approximate: str) -> Tensor:
         0,
         threads(),
     )
+    alive(x)
     return y
 
 
@@ -52,4 +53,5 @@ def backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
         dtype,
         threads(),
     )
+    alive(dy, x)
     return dx

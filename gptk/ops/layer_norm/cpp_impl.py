@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, MASK64, load, row_groups, threads
+from gptk.native import ACC, DTYPE, MASK64, alive, load, row_groups, threads
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -54,6 +54,7 @@ def forward(
         0 if bias is None else DTYPE[bias.dtype],
         threads(),
     )
+    alive(x, residual, weight, bias)
     return y, h, mean, rstd
 
 
@@ -107,4 +108,5 @@ def backward(
         DTYPE[weight_dtype],
         threads(),
     )
+    alive(dy, dh, h, weight, mean, rstd, partial)
     return (dresidual if need_dx and same else dx), dresidual, dweight, dbias
