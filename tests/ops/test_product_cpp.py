@@ -1,6 +1,9 @@
 """The C++ matrix product: every layout, dtype, epilogue and instruction set, against float64."""
 
 import itertools
+import json
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from gptk import native
 if native.available() is not None:
     pytest.skip(native.available(), allow_module_level=True)
 
-from gptk.ops.cpp_product import product
+from gptk.ops.cpp_product import OWN, product
+
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "products.json"
 
 SHAPES = [(1, 7, 64), (2, 33, 385), (4, 5, 1), (5, 16, 3), (17, 70, 100), (131, 2050, 9)]
 SHAPES += [(8, 32, 800), (0, 3, 2)]
@@ -90,3 +95,14 @@ def test_the_number_of_threads_changes_no_bit(isa):
             assert torch.equal(found[0], found[2])
     finally:
         torch.set_num_threads(before)
+
+
+def test_whose_products_are_taken_is_what_was_measured():
+    found = {}
+    for row in json.loads(MEASURED.read_text("utf-8"))["rows"]:
+        found.setdefault((row["isa"], row["dtype"]), []).append(row["ratio"])
+    for level, kinds in OWN.items():
+        for dtype, ratio in kinds.items():
+            ratios = found[level, str(dtype).removeprefix("torch.")]
+            assert ratio == round(statistics.median(ratios), 2), (level, dtype)
+            assert ratio < 1.1
