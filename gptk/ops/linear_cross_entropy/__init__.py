@@ -90,6 +90,19 @@ def _gradients_come_with_the_loss(
     )
 
 
+def _as_read(
+    impl: ModuleType,
+    dtype: torch.dtype,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(input, weight, bias, target) as the implementation reads them by address."""
+    b = None if bias is None else parameter(impl, bias, dtype)
+    return readable(input, dtype), parameter(impl, weight, dtype), b, readable(target)
+
+
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Loss per row, unreduced. Saves the rows, the weight, the targets and the log-sum-exp."""
 
@@ -107,9 +120,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         cast: torch.dtype | None,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w = readable(input, dtype), parameter(impl, weight, dtype)
-        b = None if bias is None else parameter(impl, bias, dtype)
-        target = readable(target)
+        x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
         loss, lse = impl.forward(x, w, b, target, ignore_index, label_smoothing)
         ctx.save_for_backward(x, w, b, target, lse)
         ctx.impl, ctx.options = impl, (ignore_index, label_smoothing)
@@ -149,9 +160,7 @@ class ReducedFunction(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w = readable(input, dtype), parameter(impl, weight, dtype)
-        b = None if bias is None else parameter(impl, bias, dtype)
-        target = readable(target)
+        x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
         options = (ignore_index, label_smoothing)
         dtypes = (weight.dtype, None if bias is None else bias.dtype)
         needs = ctx.needs_input_grad[1:4]
