@@ -14,9 +14,16 @@ enum : int64_t {
   FORWARD_QUERIES = 256,  // most queries of one forward item
   BACKWARD_KEYS = 64,
   BACKWARD_QUERIES = 64,
-  WIDEST_PANEL = 32,  // columns are padded to a panel, two vectors: 32 floats with AVX-512
-  ENOUGH_ITEMS = 32,  // work items that keep every core of a usual machine busy
+  WIDEST_PANEL = 32,       // columns are padded to a panel, two vectors: 32 floats with AVX-512
+  ENOUGH_ITEMS = 32,       // work items that keep every core of a usual machine busy
+  SERIAL_BELOW = 1 << 18,  // products below which waking other threads costs more than they save
 };
+
+// Threads of one call; they change no result.
+static inline int attention_threads(int64_t B, int64_t H, int64_t Tq, int64_t Tk, int64_t D,
+                                    int threads) {
+  return B * H * Tq * Tk * D < SERIAL_BELOW ? 1 : threads;
+}
 
 static inline int64_t padded(int64_t columns) {
   return (columns + WIDEST_PANEL - 1) / WIDEST_PANEL * WIDEST_PANEL;

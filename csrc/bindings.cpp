@@ -2,8 +2,10 @@
 // Knows no maths and checks nothing: gptk/ops/<op>/cpp_impl.py has already chosen shapes and
 // dtypes. The GIL is released while a kernel runs.
 #include "attention_plan.h"
+#include "block.h"
 #include "gemm_plan.h"
 #include "gptk.h"
+#include "row_groups.h"
 
 #include <pybind11/pybind11.h>
 
@@ -51,6 +53,17 @@ py::tuple isa_levels() {
   return names;
 }
 
+// Kernel -> (seconds, calls, floating-point operations), for those called while counting was on.
+py::dict counted() {
+  py::dict found;
+#define GPTK_ADD(op)                              \
+  if (gptk_counts c = gptk_counted(#op); c.calls) \
+    found[#op] = py::make_tuple(c.seconds, c.calls, c.flops);
+  GPTK_OPS(GPTK_ADD)
+#undef GPTK_ADD
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -61,6 +74,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &gptk_isa_selected);
   m.def("isa_levels", &isa_levels);
   m.def("select_isa", &select_isa);
+  m.def("count", [](bool on) { gptk_count(on); });
+  m.def("counted", &counted);
+  m.def("row_groups", &gptk::row_groups);
   m.attr("NORM_BLOCK") = static_cast<int>(GPTK_NORM_BLOCK);
   m.attr("ADAMW_TENSOR_BYTES") = sizeof(gptk_adamw_tensor);
 
@@ -136,6 +152,29 @@ PYBIND11_MODULE(_C, m) {
     using A = gptk_adamw_norm_args;
     bind(m, "adamw_norm", gptk_adamw_norm, &A::norm, &A::partial, &A::tensors, &A::count,
          &A::threads);
+  }
+  {
+    using A = gptk_block_forward_args;
+    bind(m, "block_forward", gptk_block_forward, &A::out, &A::h2, &A::saved, &A::cache_k,
+         &A::cache_v, &A::scratch, &A::x, &A::branch, &A::w1, &A::b1, &A::w_qkv, &A::b_qkv, &A::w_o,
+         &A::b_o, &A::w2, &A::b2, &A::w_fc, &A::b_fc, &A::w_p, &A::b_p, &A::B, &A::T, &A::C, &A::H,
+         &A::hidden, &A::past, &A::capacity, &A::eps1, &A::eps2, &A::dropout_p, &A::seed_branch,
+         &A::seed_attention, &A::seed_projection, &A::activation, &A::compute, &A::x_dtype,
+         &A::branch_dtype, &A::h1_dtype, &A::h2_dtype, &A::matrix_dtype, &A::bias_dtype,
+         &A::norm_dtype, &A::threads);
+    m.def("block_saved", &gptk_block_saved);
+    m.def("block_forward_scratch", &gptk_block_forward_scratch);
+  }
+  {
+    using A = gptk_block_backward_args;
+    bind(m, "block_backward", gptk_block_backward, &A::dx, &A::dbranch, &A::dh1, &A::dw1, &A::db1,
+         &A::dw_qkv, &A::db_qkv, &A::dw_o, &A::db_o, &A::dw2, &A::db2, &A::dw_fc, &A::db_fc,
+         &A::dw_p, &A::db_p, &A::scratch, &A::dout, &A::dh2, &A::h2, &A::saved, &A::x, &A::w1,
+         &A::w_qkv, &A::w_o, &A::w2, &A::w_fc, &A::w_p, &A::B, &A::T, &A::C, &A::H, &A::hidden,
+         &A::dropout_p, &A::seed_branch, &A::seed_attention, &A::seed_projection, &A::with_branch,
+         &A::activation, &A::compute, &A::x_dtype, &A::branch_dtype, &A::h1_dtype, &A::h2_dtype,
+         &A::matrix_dtype, &A::bias_dtype, &A::norm_dtype, &A::threads);
+    m.def("block_backward_scratch", &gptk_block_backward_scratch);
   }
   {
     using A = gptk_keep_mask_args;

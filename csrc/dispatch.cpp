@@ -4,6 +4,7 @@
 
 #include "cpu_features.h"
 
+#include <chrono>
 #include <cstring>
 
 namespace gptk {
@@ -36,13 +37,47 @@ Table supported_levels() {
 const Table table = supported_levels();
 const Kernels* kernels = &table.levels[table.count - 1];
 
+// --- counting ------------------------------------------------------------------------------
+
+// Floating-point operations of the matrix products in a call; the other kernels move bytes.
+template <typename Args> double flops(const Args&) { return 0; }
+double flops(const gptk_gemm_args& a) { return 2.0 * a.M * a.N * a.K; }
+// q k^T and p v; half of it where causal
+double flops(const gptk_attention_forward_args& a) {
+  return 2.0 * a.B * a.H * a.Tq * a.Tk * (a.D + a.Dv) / (a.causal ? 2 : 1);
+}
+// q k^T once more, dq, dk, then p and dv
+double flops(const gptk_attention_backward_args& a) {
+  return 2.0 * a.B * a.H * a.Tq * a.Tk * (3 * a.D + 2 * a.Dv) / (a.causal ? 2 : 1);
+}
+
+bool counting = false;
+#define GPTK_COUNT(op) gptk_counts op;
+struct {
+  GPTK_OPS(GPTK_COUNT)
+} counts;
+#undef GPTK_COUNT
+
+template <typename Args>
+void call(void (*kernel)(const Args&), const Args& args, gptk_counts& count) {
+  if (!counting) return kernel(args);
+  const auto start = std::chrono::steady_clock::now();
+  kernel(args);
+  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+  count.seconds += spent.count();
+  count.flops += flops(args);
+  count.calls++;
+}
+
 }  // namespace
 }  // namespace gptk
 
 extern "C" {
 
-#define GPTK_DEFINE(op) \
-  void gptk_##op(const gptk_##op##_args* args) { gptk::kernels->op(*args); }
+#define GPTK_DEFINE(op)                                    \
+  void gptk_##op(const gptk_##op##_args* args) {           \
+    gptk::call(gptk::kernels->op, *args, gptk::counts.op); \
+  }
 GPTK_OPS(GPTK_DEFINE)
 #undef GPTK_DEFINE
 
@@ -51,6 +86,19 @@ int gptk_isa_count(void) { return gptk::table.count; }
 const char* gptk_isa_name(int level) { return gptk::table.levels[level].isa; }
 
 const char* gptk_isa_selected(void) { return gptk::kernels->isa; }
+
+void gptk_count(int on) {
+  if (on && !gptk::counting) gptk::counts = {};
+  gptk::counting = on != 0;
+}
+
+#define GPTK_DEFINE(op) \
+  if (std::strcmp(name, #op) == 0) return gptk::counts.op;
+gptk_counts gptk_counted(const char* name) {
+  GPTK_OPS(GPTK_DEFINE)
+  return {};
+}
+#undef GPTK_DEFINE
 
 int gptk_isa_select(const char* name) {
   for (int level = 0; level < gptk::table.count; ++level) {

@@ -247,6 +247,18 @@ const char* gptk_isa_name(int level); /* 0 <= level < gptk_isa_count() */
 int gptk_isa_select(const char* name);
 const char* gptk_isa_selected(void);
 
+/* What the calls of one kernel have cost while counting was on: wall-clock seconds, and the
+   floating-point operations of their matrix products. */
+struct gptk_counts {
+  double seconds, flops;
+  int64_t calls;
+};
+
+/* Counts from now on, from zero, or no longer. For one thread that calls kernels. */
+void gptk_count(int on);
+/* Of a kernel of GPTK_OPS, by name, since counting was last switched on. */
+struct gptk_counts gptk_counted(const char* name);
+
 #ifdef __cplusplus
 }
 #endif

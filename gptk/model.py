@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptk import block_native
 from gptk.block import OPS, BlockFunction, Plan, decode
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
@@ -57,10 +58,10 @@ class Block(nn.Module):
         self, branch: Tensor | None, x: Tensor, seed: Seed, layer: int, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
-        seeds = tuple(derive_seed(seed, layer, site) for site in range(3))
         kernels = self._kernels(x) if cache is None or not torch.is_grad_enabled() else None
         if kernels is not None:
-            return self._fused(kernels, branch, x, seeds, layer, cache)
+            return self._fused(kernels, branch, x, seed, layer, cache)
+        seeds = _seeds(seed, layer)
         if branch is None:
             y = self.ln_1(x)
         else:
@@ -69,48 +70,80 @@ class Block(nn.Module):
         y, x = self.ln_2(branch, x, seeds[2])
         return self.mlp(y), x
 
+    def _layers(self) -> tuple[Any, ...]:
+        """ln_1, attn, ln_2, mlp, and the linear layers in their order."""
+        held: dict[str, Any] = self._modules  # nn.Module's own attribute lookup is slow
+        ln_1, attn, ln_2, mlp = held["ln_1"], held["attn"], held["ln_2"], held["mlp"]
+        inside, within = attn._modules, mlp._modules
+        return (
+            ln_1, attn, ln_2, mlp,
+            inside.get("c_attn"), inside.get("c_proj"), within.get("c_fc"), within.get("c_proj"),
+        )  # fmt: skip
+
     def _kernels(self, x: Tensor) -> tuple[ModuleType, ...] | None:
         """The kernels of the whole block, if one backend has them all and nobody looks inside."""
-        held = self._modules  # nn.Module's own attribute lookup is slow
-        parts: tuple[Any, ...] = (held["ln_1"], held["attn"], held["ln_2"], held["mlp"])
-        if tuple(map(type, parts)) != BLOCK_PARTS[:4]:
+        layers = self._layers()
+        if tuple(map(type, layers)) != BLOCK_PARTS:
             return None
-        attn, mlp = parts[1]._modules, parts[3]._modules
-        parts += (attn["c_attn"], attn["c_proj"], mlp["c_fc"], mlp["c_proj"])
-        if tuple(map(type, parts)) != BLOCK_PARTS:
-            return None
-        for part in parts:
-            if part._forward_hooks or part._forward_pre_hooks:
+        for layer in layers:
+            if layer._forward_hooks or layer._forward_pre_hooks:
                 return None
-            if part._backward_hooks or part._backward_pre_hooks:
+            if layer._backward_hooks or layer._backward_pre_hooks:
                 return None
-        norms = (parts[0]._parameters, parts[2]._parameters)
+        ln_1, attn, ln_2, mlp = layers[:4]
+        norms = (ln_1._parameters, ln_2._parameters)
         kinds = {t.dtype for norm in norms for t in norm.values() if t is not None}
-        backends = {part.backend for part in parts[:4]}
-        if len(backends) > 1 or len(kinds) > 1 or x.numel() == 0:
+        if len(kinds) > 1 or x.numel() == 0:
+            return None
+        if len({part.training and part.dropout for part in (ln_1, attn, ln_2)}) > 1:
+            return None
+        if not ln_1.backend == attn.backend == ln_2.backend == mlp.backend:
             return None
         if torch.compiler.is_compiling() or transformed():
             return None
-        return kernels_of(OPS, backends.pop(), x.device.type, autocast_dtype(x) or x.dtype)
+        device = x.device
+        if any(t is not None and t.device != device for t in _parameters(layers)):
+            return None  # the ops say so
+        return kernels_of(OPS, attn.backend, device.type, autocast_dtype(x) or x.dtype)
 
     def _fused(
         self,
         kernels: tuple[ModuleType, ...],
         branch: Tensor | None,
         x: Tensor,
-        seeds: Any,
+        seed: Seed,
         layer: int,
         cache: KVCache | None,
     ) -> Any:
-        attn, mlp = self.attn, self.mlp
-        p = attn.dropout if self.training else 0.0
-        plan = Plan(kernels, attn.n_head, p, seeds, (self.ln_1.eps, self.ln_2.eps), mlp.activation,
-                    autocast_dtype(x))  # fmt: skip
-        layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
-        parameters = [part._parameters[name] for part in layers for name in ("weight", "bias")]
+        layers = self._layers()
+        ln_1, attn, ln_2, mlp = layers[:4]
+        p = attn.dropout if attn.training else 0.0
+        seeds = _seeds(seed, layer) if p else (0, 0, 0)
+        eps = (ln_1.eps, ln_2.eps)
+        plan = Plan(kernels, attn.n_head, p, seeds, eps, mlp.activation, autocast_dtype(x))
+        parameters = _parameters(layers)
+        shape = block_native.shape_of(plan, branch, x, parameters)
         if cache is not None:
+            if shape is not None and shape.compute == cache.k.dtype == cache.v.dtype:
+                room = block_native.LayerCache(cache.k[layer], cache.v[layer], cache.length)
+                return block_native.decode(plan, shape, branch, x, parameters, room)
             return decode(plan, branch, x, parameters, functools.partial(cache.append, layer))
+        if shape is not None:
+            return block_native.NativeBlockFunction.apply(plan, shape, branch, x, *parameters)
         return BlockFunction.apply(plan, branch, x, *parameters)
+
+
+def _seeds(seed: Seed, layer: int) -> tuple[Any, Any, Any]:
+    """Of a block's branch, its attention, and the attention's projection."""
+    branch, attention, projection = (derive_seed(seed, layer, site) for site in range(3))
+    return branch, attention, projection
+
+
+def _parameters(layers: tuple[Any, ...]) -> list[Tensor | None]:
+    """The weights and biases of a block's _layers, in the order in which they are used."""
+    ln_1, _, ln_2, _, c_attn, c_proj, c_fc, c_proj_2 = layers
+    order = (ln_1, c_attn, c_proj, ln_2, c_fc, c_proj_2)
+    return [layer._parameters[name] for layer in order for name in ("weight", "bias")]
 
 
 BLOCK_PARTS = (LayerNorm, CausalSelfAttention, LayerNorm, MLP, *(nn.Linear,) * 4)

@@ -124,8 +124,8 @@ def alive(*tensors: Tensor | None) -> None:
 
 def row_groups(rows: int) -> int:
     """Groups into which `rows` are split for sums over rows: a function of the size alone, so that
-    the result has the same bits for any number of threads. At least 16 rows each, at most 64."""
-    return min(64, (rows + 15) // 16)
+    the result has the same bits for any number of threads (csrc/row_groups.h)."""
+    return load().row_groups(rows)
 
 
 def keep_mask(seed: int, rows: int, cols: int, p: float) -> Tensor:

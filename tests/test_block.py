@@ -8,17 +8,22 @@ from equivalence import require
 from torch.utils.checkpoint import checkpoint
 
 import gptk
-from gptk import GPT, GPTConfig
+from gptk import GPT, GPTConfig, block_native
 from gptk.block import BlockFunction
+from gptk.block_native import NativeBlockFunction
 from gptk.model import Block
 from gptk.ops import contract
+from gptk.ops.cpp_epilogue import own
 
-BACKENDS = ["cpp", "triton"]
+BACKENDS = ["cpp", "cpp call by call", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
-    return require(request.param)
+def backend(request, monkeypatch):
+    name, _, call_by_call = request.param.partition(" ")
+    if call_by_call:
+        monkeypatch.setattr(block_native, "shape_of", lambda *arguments: None)
+    return require(name)
 
 
 def tiny(backend, dropout=0.0, dtype=torch.float32, **changes):
@@ -83,15 +88,71 @@ def test_every_subset_of_a_block_may_be_frozen(monkeypatch):
         equal(fused, single)
 
 
-def spied(model):
+def spied(model, functions=(BlockFunction, NativeBlockFunction)):
+    """How often one of the functions runs."""
     seen = []
-    original = BlockFunction.apply
-    BlockFunction.apply = lambda *args: seen.append(1) or original(*args)
-    try:
+
+    def spy(original):
+        return lambda *args: seen.append(1) or original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in functions:
+            patch.setattr(function, "apply", spy(function.apply))
         run(model)
-    finally:
-        BlockFunction.apply = original
     return len(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_call_where_the_products_are_the_extensions(dtype):
+    require("cpp")
+    ours = dtype != torch.float64 and own(dtype, 14)
+    assert spied(tiny("cpp", dtype=dtype), [NativeBlockFunction]) == (2 if ours else 0)
+    assert spied(tiny("cpp", dtype=dtype), [BlockFunction]) == (0 if ours else 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.ln_1, "dropout", 0.5),
+        lambda block: block.attn.eval(),
+        lambda block: setattr(block.mlp, "backend", "torch"),
+    ],
+    ids=["dropout", "eval", "backend"],
+)
+def test_parts_that_differ_run_one_by_one(change):
+    require("cpp")
+    model = tiny("cpp", 0.2)
+    change(model.h[0])
+    assert spied(model) == 1
+
+
+def test_a_frozen_input_needs_no_gradient(backend):
+    block = tiny(backend).h[0]
+    needs = ((True, False), (False, True), (False, False))
+    branch, x = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    both = None
+    for need_branch, need_x in ((True, True), *needs):
+        b, r = branch.clone().requires_grad_(need_branch), x.clone().requires_grad_(need_x)
+        block.zero_grad(set_to_none=True)
+        out, h = block(b, r, 0, 0, None)
+        (out.sum() + 2 * h.sum()).backward()
+        found = (b.grad, r.grad, *(p.grad for p in block.parameters()))
+        both = both or found
+        equal(found[2:], both[2:])
+        equal(found[:2], (both[0] if need_branch else None, both[1] if need_x else None))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_only_one_of_the_outputs_is_used(backend, index, monkeypatch):
+    block = tiny(backend, 0.2).h[0]
+    branch, x = (torch.randn(2, 3, 12, requires_grad=True) for _ in range(2))
+
+    def gradients():
+        return torch.autograd.grad(block(branch, x, 3, 0, None)[index].sum(), (branch, x))
+
+    fused = gradients()
+    one_by_one(monkeypatch)
+    equal(fused, gradients())
 
 
 def test_named_and_auto_take_it_and_torch_does_not():

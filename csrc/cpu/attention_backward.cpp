@@ -279,8 +279,9 @@ template <typename T> void backward(const Args& a) {
   const int64_t key_step = backward_keys(a.B * a.Hkv, a.Tk);
   const int64_t parts = (a.Tk + key_step - 1) / key_step;
   const int64_t dq_size = backward_dq_size(a.H, a.Hkv, a.Tq, a.D);
+  const int threads = attention_threads(a.B, a.H, a.Tq, a.Tk, a.D, a.threads);
   A* dq_sums = static_cast<A*>(a.scratch) + a.threads * backward_scratch_per_thread(a.D, a.Dv);
-  parallel_for_threads(a.B * a.Hkv * parts, a.threads, [&](int64_t item, int thread) {
+  parallel_for_threads(a.B * a.Hkv * parts, threads, [&](int64_t item, int thread) {
     const int64_t b = item / parts / a.Hkv, kv_head = item / parts % a.Hkv;
     const int64_t key_begin = item % parts * key_step;
     const int64_t key_end = smaller(a.Tk, key_begin + key_step);
@@ -293,7 +294,7 @@ template <typename T> void backward(const Args& a) {
       write_dq<T>(a, b, kv_head * group + g, dq + g * a.Tq * s.ldd, s.ldd);
   });
   if (parts > 1 && a.dq)
-    parallel_for(a.B * a.H, a.threads, [&](int64_t head) {
+    parallel_for(a.B * a.H, threads, [&](int64_t head) {
       sum_parts<T>(a, head / a.H, head % a.H, parts, dq_sums, round_up(a.D, Panel<A>::value));
     });
 }

@@ -171,12 +171,15 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
 
 template <typename T> void forward(const Args& a) {
   const int64_t step = forward_queries(a.B * a.H, a.Tq), steps = (a.Tq + step - 1) / step;
-  parallel_for_threads(a.B * a.H * steps, a.threads, [&](int64_t item, int thread) {
-    const int64_t head = item % (a.B * a.H);
-    const int64_t query0 = (steps - 1 - item / (a.B * a.H)) * step;  // most keys first
-    const int64_t b = head / a.H, h = head % a.H, queries = smaller(step, a.Tq - query0);
-    forward_item<T>(a, b, h, query0, queries, Scratch<Operand<T>>(a, thread));
-  });
+  parallel_for_threads(a.B * a.H * steps, attention_threads(a.B, a.H, a.Tq, a.Tk, a.D, a.threads),
+                       [&](int64_t item, int thread) {
+                         const int64_t head = item % (a.B * a.H);
+                         const int64_t query0 =
+                             (steps - 1 - item / (a.B * a.H)) * step;  // most keys first
+                         const int64_t b = head / a.H, h = head % a.H,
+                                       queries = smaller(step, a.Tq - query0);
+                         forward_item<T>(a, b, h, query0, queries, Scratch<Operand<T>>(a, thread));
+                       });
 }
 
 }  // namespace

@@ -1,41 +1,23 @@
 """Where the time of a training step on a CPU goes: each kernel of the extension, and the rest.
 
-A kernel is timed from outside, at the call that `gptk.native.load().<kernel>(...)` is: that is all
-of its threads' work, for it returns when they are done. The rest of the step is Python, the
-autograd engine and PyTorch's operators; torch.profiler lists the operators.
+The extension itself times its kernels, from call to return: that is all of their threads' work. The
+rest of the step is Python, the autograd engine and PyTorch's operators; torch.profiler lists the
+operators.
 """
 
 import contextlib
 import gc
-import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from gptk import native
-
-KERNELS = (
-    "layer_norm_forward",
-    "layer_norm_backward",
-    "activation_forward",
-    "activation_backward",
-    "gemm",
-    "cross_entropy_forward",
-    "cross_entropy_backward",
-    "attention_forward",
-    "attention_backward",
-    "adamw_update",
-    "adamw_norm",
-    "keep_mask",
-)
-"""GPTK_OPS of csrc/gptk.h; what else the extension has are questions, not work."""
 
 WARM_STEPS = 3
 MOST_OPERATORS = 8
@@ -120,7 +102,8 @@ def measure(step: Step, steps: int = 10) -> Breakdown:
     totals: Tally = {}
     for _, tally in kept:
         for name, counts in tally.items():
-            _add(totals, name, *counts)
+            before = totals.get(name, (0.0, 0, 0.0))
+            totals[name] = tuple(map(sum, zip(before, counts, strict=True)))  # type: ignore[assignment]
     n = len(kept)
     return Breakdown(
         steps,
@@ -176,62 +159,19 @@ Tally = dict[str, tuple[float, int, float]]
 
 @contextlib.contextmanager
 def timed_kernels() -> Iterator[Tally]:
-    """Inside, the tally grows with each kernel call; it stays empty without the extension."""
+    """The tally is filled at the end, with the kernels that were called inside; it stays empty
+    without the extension."""
     tally: Tally = {}
     if native.available() is not None:
         yield tally
         return
     extension = native.load()
-    timed = ModuleType(extension.__name__, extension.__doc__)
-    vars(timed).update(vars(extension))
-    for name in KERNELS:
-        setattr(timed, name, _timed(name, getattr(extension, name), tally))
-    native._module = timed
+    extension.count(True)
     try:
         yield tally
     finally:
-        native._module = extension
-
-
-def _timed(name: str, kernel: Callable[..., None], tally: Tally) -> Callable[..., None]:
-    work = WORK.get(name, lambda arguments: 0.0)
-
-    def call(*arguments: Any) -> None:
-        start = time.perf_counter()
-        kernel(*arguments)
-        _add(tally, name, time.perf_counter() - start, 1, work(arguments))
-
-    return call
-
-
-def _add(tally: Tally, name: str, seconds: float, calls: int, flops: float) -> None:
-    before = tally.get(name, (0.0, 0, 0.0))
-    tally[name] = (before[0] + seconds, before[1] + calls, before[2] + flops)
-
-
-def gemm_flops(arguments: tuple[Any, ...]) -> float:
-    """2 M N K, of the arguments of gptk_gemm_args."""
-    return 2.0 * math.prod(arguments[8:11])
-
-
-def attention_forward_flops(arguments: tuple[Any, ...]) -> float:
-    """q k^T and p v: 2 B H Tq Tk (D + Dv), half of it where causal."""
-    B, H, _, Tq, Tk, D, Dv = arguments[6:13]
-    return 2.0 * B * H * Tq * Tk * (D + Dv) / (2 if arguments[-3] else 1)
-
-
-def attention_backward_flops(arguments: tuple[Any, ...]) -> float:
-    """q k^T once more, dq, dk, then p and dv: 2 B H Tq Tk (3 D + 2 Dv), half of it where causal."""
-    B, H, _, Tq, Tk, D, Dv = arguments[10:17]
-    return 2.0 * B * H * Tq * Tk * (3 * D + 2 * Dv) / (2 if arguments[-3] else 1)
-
-
-WORK: dict[str, Callable[[tuple[Any, ...]], float]] = {
-    "gemm": gemm_flops,
-    "attention_forward": attention_forward_flops,
-    "attention_backward": attention_backward_flops,
-}
-"""Kernel -> FLOP of a call; the other kernels move bytes."""
+        extension.count(False)
+        tally.update(extension.counted())
 
 
 # ---- PyTorch's operators -------------------------------------------------------------------

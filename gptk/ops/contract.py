@@ -313,11 +313,15 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if not _any_autocast():
             return function(*args, **kwargs)
+        # as torch.autocast(device, enabled=False) does, which takes longer than a small kernel
         on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-        with contextlib.ExitStack() as stack:
+        try:
             for device in on:
-                stack.enter_context(torch.autocast(device, enabled=False))
+                torch.set_autocast_enabled(device, False)
             return function(*args, **kwargs)
+        finally:
+            for device in on:
+                torch.set_autocast_enabled(device, True)
 
     return run
 

@@ -5,9 +5,6 @@ from torch import Tensor
 
 from gptk.native import ACC, DTYPE, MASK64, alive, load, threads
 
-SERIAL_BELOW = 1 << 18
-"""Products (B H Tq Tk D) below which waking other threads costs more than they save."""
-
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
     """Every shape and every dtype of the catalog runs."""
@@ -27,7 +24,7 @@ def forward(
     """(out, lse): out (B, H, Tq, Dv) in (B, Tq, H, Dv) memory, lse (B, H, Tq)."""
     B, H, Tq, D = q.shape
     Hkv, Tk, Dv = v.shape[1:]
-    dtype, extension, n_threads = q.dtype, load(), _threads(B * H * Tq * Tk * D)
+    dtype, extension, n_threads = q.dtype, load(), threads()
     out = torch.empty_strided((B, H, Tq, Dv), (Tq * H * Dv, Dv, H * Dv, 1), dtype=dtype)
     lse = torch.empty((B, H, Tq), dtype=ACC[dtype])
     scratch = torch.empty(
@@ -80,7 +77,7 @@ def backward(
     """(dq, dk, dv): `into`, or each in (B, T, heads, columns) memory."""
     B, H, Tq, D = q.shape
     Hkv, Tk, Dv = v.shape[1:]
-    dtype, extension, n_threads = q.dtype, load(), _threads(B * H * Tq * Tk * D)
+    dtype, extension, n_threads = q.dtype, load(), threads()
     if into is None:
         dq = torch.empty((B, Tq, H, D), dtype=dtype).transpose(1, 2) if needs[0] else None
         dk = torch.empty((B, Tk, Hkv, D), dtype=dtype).transpose(1, 2) if needs[1] else None
@@ -126,7 +123,3 @@ def backward(
     )
     alive(dout, q, k, v, out, lse, scratch)
     return dq, dk, dv
-
-
-def _threads(products: int) -> int:
-    return threads() if products >= SERIAL_BELOW else 1
