@@ -119,16 +119,18 @@ struct gptk_cross_entropy_forward_args {
 };
 
 /* dlogits = dloss * (exp(z - lse) - (1 - s) * [column == target] - s / V); exactly 0 in ignored
-   rows */
+   rows. dlogits_dtype is logits_dtype, or 16 bits in place of acc. In place: dlogits may be the
+   logits themselves, row for row, in their dtype with their stride, or in 16 bits at the front of
+   each row, with twice their stride. */
 struct gptk_cross_entropy_backward_args {
-  void* dlogits; /* (N, V) logits_dtype, contiguous; may be logits itself when logits_stride == V */
+  void* dlogits;         /* (N, V) dlogits_dtype, rows dlogits_stride apart */
   const void* dloss;     /* (N,) acc */
   const void* logits;    /* (N, V) logits_dtype, rows logits_stride apart */
   const int64_t* target; /* (N,) */
   const void* lse;       /* (N,) acc */
-  int64_t N, V, logits_stride, ignore_index;
+  int64_t N, V, dlogits_stride, logits_stride, ignore_index;
   double label_smoothing;
-  int32_t logits_dtype;
+  int32_t dlogits_dtype, logits_dtype;
   int32_t threads;
 };
 

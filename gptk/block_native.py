@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from gptk.block import OPS, Plan
-from gptk.native import ACTIVATION, DTYPE, MASK64, alive, available, isa, load, threads, workspace
+from gptk.native import (
+    ACTIVATION,
+    DTYPE,
+    MASK64,
+    alive,
+    available,
+    empty,
+    isa,
+    load,
+    threads,
+    workspace,
+)
 from gptk.ops.contract import kernels_of, once_differentiable, outside_autocast, readable
 from gptk.ops.cpp_epilogue import own
 
@@ -179,7 +190,7 @@ class NativeBlockFunction(torch.autograd.Function):
         read = [None if t is None else readable(t) for t in parameters]
         x = readable(x)
         branch = None if branch is None else readable(branch)
-        saved = torch.empty(shape.saved, dtype=torch.uint8)
+        saved = empty((shape.saved,), torch.uint8)
         out, h2 = run(plan, shape, branch, x, read, saved)
         matrices = (read[2], read[4], read[8], read[10])
         ctx.save_for_backward(x if branch is None else None, h2, saved, read[0], read[6], *matrices)
@@ -205,7 +216,7 @@ class NativeBlockFunction(torch.autograd.Function):
         dbranch = torch.empty(h2.shape, dtype=branch_dtype) if apart else None
         dh1 = torch.empty(h2.shape, dtype=shape.h1) if branch_dtype is None else None
         gradients = [
-            torch.empty(size, dtype=dtype) if need else None
+            empty(size, dtype) if need else None
             for (size, dtype), need in zip(_parameters(shape), needs, strict=True)
         ]
         scratch = workspace("block", shape.backward_scratch, torch.uint8)

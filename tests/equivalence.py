@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gptk.functional as GF
-from gptk.bench.gate import FORWARD, GRADIENT, accepted, error, noise
+from gptk.bench.gate import FORWARD, GRADIENT, accepted, error, magnitude, noise
 from gptk.ops.catalog import OPS
 from gptk.ops.contract import availability, why_not
 
@@ -16,7 +16,14 @@ FUNCTIONS = {name: getattr(GF, name) for name in OPS if name != "adamw"}
 CASES = {op: importlib.import_module(f"gptk.ops.{op}.cases") for op in OPS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = ("cpp", "triton")
-__all__ = ["FORWARD", "GRADIENT", "accepted", "error", "noise"]  # one gate for tests and benchmarks
+__all__ = [
+    "FORWARD",
+    "GRADIENT",
+    "accepted",
+    "error",
+    "magnitude",
+    "noise",
+]  # one gate for tests and benchmarks
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

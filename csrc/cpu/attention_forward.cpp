@@ -5,10 +5,12 @@
 //
 // A work item is one head and a run of its queries. It walks over the keys in blocks, packs a block
 // of k and v once, and brings every panel of its queries up to date. Memory: O(queries x D), never
-// Tq x Tk. Work items write rows of their own and are cut by shape, so threads change no bit.
+// Tq x Tk. Work items write rows of their own and are cut by shape, so threads change no bit. A few
+// queries go one by one (attention_few.h).
 //
 // Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning" (2023);
 // Milakov, Gimelshein, "Online normalizer calculation for softmax" (2018).
+#include "attention_few.h"
 #include "attention_operands.h"
 #include "gptk.h"
 #include "parallel.h"
@@ -170,16 +172,15 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
 }
 
 template <typename T> void forward(const Args& a) {
+  const int threads = attention_threads(a.B, a.H, a.Tq, a.Tk, a.D, a.threads);
+  if (a.Tq < FEW_QUERIES) return forward_few<T>(a, threads);
   const int64_t step = forward_queries(a.B * a.H, a.Tq), steps = (a.Tq + step - 1) / step;
-  parallel_for_threads(a.B * a.H * steps, attention_threads(a.B, a.H, a.Tq, a.Tk, a.D, a.threads),
-                       [&](int64_t item, int thread) {
-                         const int64_t head = item % (a.B * a.H);
-                         const int64_t query0 =
-                             (steps - 1 - item / (a.B * a.H)) * step;  // most keys first
-                         const int64_t b = head / a.H, h = head % a.H,
-                                       queries = smaller(step, a.Tq - query0);
-                         forward_item<T>(a, b, h, query0, queries, Scratch<Operand<T>>(a, thread));
-                       });
+  parallel_for_threads(a.B * a.H * steps, threads, [&](int64_t item, int thread) {
+    const int64_t head = item % (a.B * a.H);
+    const int64_t query0 = (steps - 1 - item / (a.B * a.H)) * step;  // most keys first
+    const int64_t b = head / a.H, h = head % a.H, queries = smaller(step, a.Tq - query0);
+    forward_item<T>(a, b, h, query0, queries, Scratch<Operand<T>>(a, thread));
+  });
 }
 
 }  // namespace

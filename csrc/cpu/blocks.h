@@ -61,6 +61,14 @@ template <typename A> struct Accumulators {
 // Absent lanes hold 0; where 0 is not neutral, this replaces them.
 GPTK_INLINE VecF only(VecF v, All, VecF) { return v; }
 GPTK_INLINE VecD only(VecD v, All, VecD) { return v; }
+#if defined(__AVX512F__)
+GPTK_INLINE VecF only(VecF v, int lanes, VecF otherwise) {
+  return _mm512_mask_mov_ps(otherwise, (__mmask16)((1u << lanes) - 1), v);
+}
+GPTK_INLINE VecD only(VecD v, int lanes, VecD otherwise) {
+  return _mm512_mask_mov_pd(otherwise, (__mmask8)((1u << lanes) - 1), v);
+}
+#else
 GPTK_INLINE VecF only(VecF v, int lanes, VecF otherwise) {
   for (int i = lanes; i < Lanes<float>::value; i++) v[i] = otherwise[i];
   return v;
@@ -69,6 +77,7 @@ GPTK_INLINE VecD only(VecD v, int lanes, VecD otherwise) {
   for (int i = lanes; i < Lanes<double>::value; i++) v[i] = otherwise[i];
   return v;
 }
+#endif
 
 // --- blocks --------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ template <typename A> RowSums<A> row_sums(const Forward& a, int64_t row) {
         });
     const A block_max = hmax(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
     if (block_max > r.max) {
-      r.sum_exp *= __builtin_exp(static_cast<double>(r.max) - block_max);
+      if (begin > 0) r.sum_exp *= __builtin_exp(static_cast<double>(r.max) - block_max);
       r.max = block_max;
     }
     const A base = r.max == minus_infinity[0] ? 0 : r.max;  // -inf - -inf would be NaN
@@ -87,7 +87,8 @@ template <typename A> void fill_row(const Backward& a, int64_t row, A value) {
   A block[BLOCK];
   for (int64_t i = 0; i < BLOCK; i++) block[i] = value;
   for (int64_t begin = 0; begin < a.V; begin += BLOCK)
-    write_block(a.dlogits, a.logits_dtype, row * a.V + begin, min(a.V - begin, BLOCK), block);
+    write_block(a.dlogits, a.dlogits_dtype, row * a.dlogits_stride + begin, min(a.V - begin, BLOCK),
+                block);
 }
 
 // out = exp(z - lse) over one row; returns the sum of out.
@@ -108,6 +109,12 @@ template <typename A> double exp_row(const Backward& a, int64_t row, A* out) {
   return total;
 }
 
+// Where exp_row may keep a row, as A: in dlogits, or in the logits that they replace.
+template <typename A> A* kept_row(const Backward& a, int64_t row) {
+  if (a.dlogits_dtype == own_dtype<A>()) return static_cast<A*>(a.dlogits) + row * a.dlogits_stride;
+  return static_cast<A*>(const_cast<void*>(a.logits)) + row * a.logits_stride;
+}
+
 template <typename A> void backward_row(const Backward& a, int64_t row) {
   const int64_t target = a.target[row];
   if (target == a.ignore_index) return fill_row<A>(a, row, 0);
@@ -115,23 +122,24 @@ template <typename A> void backward_row(const Backward& a, int64_t row) {
   const A dloss = static_cast<const A*>(a.dloss)[row], lse = static_cast<const A*>(a.lse)[row];
   const A s = static_cast<A>(a.label_smoothing), uniform = s / static_cast<A>(a.V);
   const bool own = a.logits_dtype == own_dtype<A>();
-  A* row_out = own ? static_cast<A*>(a.dlogits) + row * a.V : nullptr;
-  const A inverse = own ? static_cast<A>(1.0 / exp_row<A>(a, row, row_out)) : 1;
-  A z_scratch[BLOCK], scratch[BLOCK];
+  A* kept = own ? kept_row<A>(a, row) : nullptr;
+  const A inverse = own ? static_cast<A>(1.0 / exp_row<A>(a, row, kept)) : 1;
+  A p_scratch[BLOCK], scratch[BLOCK];
   for (int64_t begin = 0; begin < a.V; begin += BLOCK) {
-    const int64_t n = min(a.V - begin, BLOCK);
-    A* d = own ? row_out + begin : scratch;
+    const int64_t n = min(a.V - begin, BLOCK), offset = row * a.dlogits_stride + begin;
+    const A* p = own ? kept + begin : p_scratch;
     if (!own) {
       const A* z =
-          read_block(a.logits, a.logits_dtype, row * a.logits_stride + begin, n, z_scratch);
-      for_lanes<A>(n, GPTK_LANES { store(d + i, exp(load(z + i, lanes) - lse), lanes); });
+          read_block(a.logits, a.logits_dtype, row * a.logits_stride + begin, n, p_scratch);
+      for_lanes<A>(n, GPTK_LANES { store(p_scratch + i, exp(load(z + i, lanes) - lse), lanes); });
     }
     const int64_t hit = target - begin;
-    const A p_target = hit >= 0 && hit < n ? d[hit] * inverse : 0;
+    const A p_target = hit >= 0 && hit < n ? p[hit] * inverse : 0;
+    A* d = target_block(a.dlogits, a.dlogits_dtype, offset, scratch);
     for_lanes<A>(
-        n, GPTK_LANES { store(d + i, (load(d + i, lanes) * inverse - uniform) * dloss, lanes); });
+        n, GPTK_LANES { store(d + i, (load(p + i, lanes) * inverse - uniform) * dloss, lanes); });
     if (hit >= 0 && hit < n) d[hit] = ((p_target - uniform) - (1 - s)) * dloss;
-    write_block(a.dlogits, a.logits_dtype, row * a.V + begin, n, d);
+    write_block(a.dlogits, a.dlogits_dtype, offset, n, d);
   }
 }
 

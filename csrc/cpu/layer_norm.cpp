@@ -10,19 +10,11 @@
 // Statistics: mean first, then the variance about it, then both corrected by the mean of the
 // deviations (that is zero in exact arithmetic); block sums are added in double. A mean far from 0
 // costs no digits of the variance.
-#include "blocks.h"
-#include "dropout.h"
+#include "layer_norm_rows.h"
 
 namespace gptk {
 namespace GPTK_ISA {
 namespace {
-
-using Forward = gptk_layer_norm_forward_args;
-using Backward = gptk_layer_norm_backward_args;
-
-template <typename A> struct Statistics {
-  A mean, rstd;
-};
 
 template <typename A>
 Statistics<A> statistics(const void* h, int32_t dtype, int64_t offset, int64_t N, double eps) {
@@ -117,12 +109,7 @@ template <typename A> void forward(const Forward& a) {
   });
 }
 
-// The two row means that the gradient needs, and this row's part of dweight and dbias.
-//   g = dy * weight      mean_g = mean(g)      mean_gx = mean(g * xhat)
-template <typename A> struct RowMeans {
-  A mean_g, mean_gx;
-};
-
+// A row's means, and its part of dweight and dbias.
 template <typename A>
 RowMeans<A> backward_sums(const Backward& a, int64_t row, Statistics<A> s, A* dweight, A* dbias) {
   A dy_scratch[BLOCK], h_scratch[BLOCK], w_scratch[BLOCK];
@@ -187,7 +174,7 @@ void backward_row(const Backward& a, int64_t row, Statistics<A> s, RowMeans<A> m
   }
 }
 
-template <typename A> void backward(const Backward& a) {
+template <typename A> void backward_groups(const Backward& a) {
   const uint64_t threshold = gptk_keep_threshold(a.dropout_p);
   A* dweight_partial = static_cast<A*>(a.partial);      // (groups, N)
   A* dbias_partial = dweight_partial + a.groups * a.N;  // (groups, N)
@@ -204,6 +191,11 @@ template <typename A> void backward(const Backward& a) {
       if (a.dx || a.dresidual) backward_row<A>(a, row, s, m, threshold);
     }
   });
+}
+
+template <typename A> void sum_partial(const Backward& a) {
+  const A* dweight_partial = static_cast<const A*>(a.partial);
+  const A* dbias_partial = dweight_partial + a.groups * a.N;
   if (a.dweight)
     sum_groups<A>(a.dweight, a.weight_dtype, dweight_partial, a.groups, a.N, a.threads);
   if (a.dbias) sum_groups<A>(a.dbias, a.weight_dtype, dbias_partial, a.groups, a.N, a.threads);
@@ -212,10 +204,11 @@ template <typename A> void backward(const Backward& a) {
 }  // namespace
 
 void layer_norm_forward(const gptk_layer_norm_forward_args& a) {
-  GPTK_WITH_ACC(a.h_dtype, forward, a);
+  if (!forward_typed(a)) GPTK_WITH_ACC(a.h_dtype, forward, a);
 }
 void layer_norm_backward(const gptk_layer_norm_backward_args& a) {
-  GPTK_WITH_ACC(a.h_dtype, backward, a);
+  if (!backward_typed(a)) GPTK_WITH_ACC(a.h_dtype, backward_groups, a);
+  GPTK_WITH_ACC(a.h_dtype, sum_partial, a);
 }
 
 }  // namespace GPTK_ISA

@@ -158,6 +158,8 @@ GPTK_INLINE VecD sqrt(VecD a) {
 #if defined(__AVX512F__)
 GPTK_INLINE float hsum(VecF v) { return _mm512_reduce_add_ps(v); }
 GPTK_INLINE double hsum(VecD v) { return _mm512_reduce_add_pd(v); }
+GPTK_INLINE float hmax(VecF v) { return _mm512_reduce_max_ps(v); }
+GPTK_INLINE double hmax(VecD v) { return _mm512_reduce_max_pd(v); }
 #endif
 template <typename V> GPTK_INLINE auto hsum(V v) -> decltype(v[0] + 0) {
   constexpr int n = static_cast<int>(sizeof(V) / sizeof(v[0]));
@@ -290,6 +292,14 @@ GPTK_INLINE void store(double* p, VecD v, int n) {
 }
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+template <typename Half> GPTK_INLINE VecF load(const Half* p, int n) {
+  return widen((VecU16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p), Half());
+}
+template <typename Half> GPTK_INLINE void store(Half* p, VecF v, int n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(v, Half()));
+}
+#else
 template <typename Half> GPTK_INLINE VecF load(const Half* p, int n) {
   VecU16 h = {};
   for (int i = 0; i < n; i++) h[i] = p[i].bits;
@@ -299,6 +309,7 @@ template <typename Half> GPTK_INLINE void store(Half* p, VecF v, int n) {
   VecU16 h = narrow(v, Half());
   for (int i = 0; i < n; i++) p[i].bits = h[i];
 }
+#endif
 
 // One element, by the same conversions.
 GPTK_INLINE float to_acc(float x) { return x; }

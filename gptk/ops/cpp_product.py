@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, ACTIVATION, DTYPE, alive, isa, load, threads, workspace
+from gptk.native import ACC, ACTIVATION, DTYPE, alive, empty, isa, load, threads, workspace
 
 OWN: dict[str, dict[torch.dtype, float]] = {
     "avx512": {torch.float32: 0.99, torch.float16: 0.89},
@@ -87,8 +87,8 @@ def product(
     M, K = a.shape
     N = b.shape[1]
     compute = a.dtype if compute is None else compute
-    c = torch.empty((M, N), dtype=out or a.dtype) if into is None else into
-    other = torch.empty((M, N), dtype=c.dtype) if keep_pre or keep_value else None
+    c = empty((M, N), out or a.dtype) if into is None else into
+    other = empty((M, N), c.dtype) if keep_pre or keep_value else None
     address = 0 if other is None else other.data_ptr()
     extension, n_threads = load(), threads()
     scratch = workspace("product", extension.gemm_scratch(M, N, K, n_threads), ACC[compute])

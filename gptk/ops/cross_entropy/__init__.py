@@ -1,4 +1,4 @@
-"""cross_entropy: the contract, its checks and the one autograd.Function."""
+"""cross_entropy: the contract, its checks and its autograd functions."""
 
 from types import ModuleType
 from typing import Any
@@ -64,8 +64,10 @@ def cross_entropy(
         from gptk.ops.cross_entropy.reference import cross_entropy as definition
 
         return definition(input, target, weight, ignore_index, reduction, label_smoothing)
-    loss = CrossEntropyFunction.apply(impl, input, target, ignore_index, label_smoothing)
-    return reduce_rows(loss, target, ignore_index, reduction).to(input.dtype)
+    options = (ignore_index, label_smoothing)
+    if reduction == "none":
+        return CrossEntropyFunction.apply(impl, input, target, *options).to(input.dtype)
+    return ReducedFunction.apply(impl, input, target, *options, reduction)
 
 
 def check_reduction(reduction: str, label_smoothing: float) -> None:
@@ -119,9 +121,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     def forward(
         ctx: Any, impl: ModuleType, input: Tensor, target: Tensor, ignore_index: int, smooth: float
     ) -> Tensor:
-        dense = input.stride(-1) == 1 and not input.is_neg()
-        logits = input if dense else readable(input)
-        target = readable(target)
+        logits, target = _as_read(input, target)
         loss, lse = impl.forward(logits, target, ignore_index, smooth)
         ctx.save_for_backward(logits, target, lse)
         ctx.impl, ctx.options = impl, (ignore_index, smooth)
@@ -133,3 +133,46 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> Any:
         dlogits = ctx.impl.backward(readable(dloss), *ctx.saved_tensors, *ctx.options)
         return None, dlogits, None, None, None
+
+
+class ReducedFunction(torch.autograd.Function):
+    """The sum or mean of the losses, in the input's dtype: one autograd node."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any,
+        impl: ModuleType,
+        input: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        smooth: float,
+        reduction: str,
+    ) -> Tensor:
+        logits, target = _as_read(input, target)
+        loss, lse = impl.forward(logits, target, ignore_index, smooth)
+        result, counted = loss.sum(), None
+        if reduction == "mean":
+            counted = (target != ignore_index).sum()
+            result = result / counted
+        ctx.save_for_backward(logits, target, lse, counted)
+        ctx.impl, ctx.options = impl, (ignore_index, smooth)
+        return result.to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        logits, target, lse, counted = ctx.saved_tensors
+        dloss = upstream.to(lse.dtype)
+        if counted is not None:
+            dloss = dloss / counted
+        dloss = dloss.expand(lse.shape).contiguous()
+        dlogits = ctx.impl.backward(dloss, logits, target, lse, *ctx.options)
+        return None, dlogits, None, None, None, None
+
+
+def _as_read(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits with adjacent columns, target) as the kernels read them by address."""
+    dense = input.stride(-1) == 1 and not input.is_neg()
+    return input if dense else readable(input), readable(target)

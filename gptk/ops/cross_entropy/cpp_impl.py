@@ -62,7 +62,8 @@ def write_dlogits(
     ignore_index: int,
     label_smoothing: float,
 ) -> None:
-    """Write dlogits (N, V), contiguous; it may be the logits themselves when they are."""
+    """Write dlogits (N, V), rows apart by any stride. It may be the logits themselves, or 16-bit
+    values at the front of each of their float32 rows."""
     N, V = logits.shape
     load().cross_entropy_backward(
         dlogits.data_ptr(),
@@ -72,9 +73,11 @@ def write_dlogits(
         lse.data_ptr(),
         N,
         V,
+        dlogits.stride(0),
         logits.stride(0),
         ignore_index,
         label_smoothing,
+        DTYPE[dlogits.dtype],
         DTYPE[logits.dtype],
         threads(),
     )
