@@ -104,7 +104,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     storage = torch.frombuffer(memory, dtype=dtype).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # no view: it owns the storage
+    return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # no view of another tensor
 
 
 class _Kept(threading.local):
