@@ -12,6 +12,11 @@
 #include <string>
 #include <type_traits>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -64,6 +69,15 @@ py::dict counted() {
   return found;
 }
 
+// A hint: where the system has none on request, nothing changes.
+void ask_for_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] uintptr_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &select_isa);
   m.def("count", [](bool on) { gptk_count(on); });
   m.def("counted", &counted);
+  m.def("ask_for_huge_pages", &ask_for_huge_pages);
   m.def("row_groups", &gptk::row_groups);
   m.attr("NORM_BLOCK") = static_cast<int>(GPTK_NORM_BLOCK);
   m.attr("ADAMW_TENSOR_BYTES") = sizeof(gptk_adamw_tensor);

@@ -26,6 +26,7 @@ from gptk.native import (
 )
 from gptk.ops.contract import kernels_of, once_differentiable, outside_autocast, readable
 from gptk.ops.cpp_epilogue import own
+from gptk.ops.cpp_product import owns
 
 NORMS, MATRICES, BIASES = (0, 1, 6, 7), (2, 4, 8, 10), (3, 5, 9, 11)
 """Places of a block's parameters: w1 b1 w_qkv b_qkv w_o b_o w2 b2 w_fc b_fc w_p b_p."""
@@ -56,16 +57,24 @@ class Shape(NamedTuple):
 
 
 def shape_of(
-    plan: Plan, branch: Tensor | None, x: Tensor, parameters: Sequence[Tensor | None]
+    plan: Plan,
+    branch: Tensor | None,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    backward: bool = True,
 ) -> Shape | None:
-    """None where it takes more than the extension's kernels: other products, casts of weights."""
+    """None where it takes more than the extension's kernels: other products, casts of weights.
+
+    Args:
+        backward: will there be one? Its products may be torch's where the forward's are not.
+    """
     if plan.kernels[0].__name__ != "gptk.ops.layer_norm.cpp_impl":
         return None
     w_fc = parameters[8]
     assert w_fc is not None
     key = (
         plan.kernels, plan.n_head, plan.cast, x.shape, x.dtype,
-        None if branch is None else branch.dtype, w_fc.shape[0], threads(),
+        None if branch is None else branch.dtype, w_fc.shape[0], backward, threads(),
         *(None if t is None else t.dtype for t in parameters),
     )  # fmt: skip
     known = _shapes.setdefault(isa(), {})
@@ -78,7 +87,7 @@ _shapes: dict[str, dict[Any, Shape | None]] = {}
 
 
 def _shape_of(key: tuple[Any, ...]) -> Shape | None:
-    kernels, H, cast, (B, T, C), x_dtype, branch_dtype, hidden, n_threads, *dtypes = key
+    kernels, H, cast, (B, T, C), x_dtype, branch_dtype, hidden, backward, n_threads, *dtypes = key
     if available() is not None or kernels != kernels_of(OPS, "cpp", "cpu", x_dtype):
         return None
     h1 = x_dtype if branch_dtype is None else torch.promote_types(branch_dtype, x_dtype)
@@ -88,7 +97,8 @@ def _shape_of(key: tuple[Any, ...]) -> Shape | None:
     allowed = {compute, torch.float32} if cast is not None else {compute}
     if any(len(kind) > 1 for kind in kinds) or not (kinds[0] | kinds[1]) <= allowed:
         return None
-    if torch.float64 in (h1, h2, compute) or not own(compute, B * T):
+    ours = own(compute, B * T) if backward else owns(compute)
+    if torch.float64 in (h1, h2, compute) or not ours:
         return None
     extension = load()
     sizes = (B, T, C, H, hidden)

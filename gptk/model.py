@@ -122,7 +122,7 @@ class Block(nn.Module):
         eps = (ln_1.eps, ln_2.eps)
         plan = Plan(kernels, attn.n_head, p, seeds, eps, mlp.activation, autocast_dtype(x))
         parameters = _parameters(layers)
-        shape = block_native.shape_of(plan, branch, x, parameters)
+        shape = block_native.shape_of(plan, branch, x, parameters, backward=cache is None)
         if cache is not None:
             if shape is not None and shape.compute == cache.k.dtype == cache.v.dtype:
                 room = block_native.LayerCache(cache.k[layer], cache.v[layer], cache.length)

@@ -4,11 +4,8 @@ The extension takes addresses and sizes (csrc/gptk.h), so it is tied to no torch
 imported first: its OpenMP runtime is then the one that the extension's threads come from.
 """
 
-import contextlib
 import functools
 import importlib
-import math
-import mmap
 import os
 import re
 import threading
@@ -97,14 +94,11 @@ HUGE = 4 * 2**20
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU, for results. Large ones come on huge pages where Linux has them on
     request: every page of fresh memory is a fault, and 2 MiB take one instead of 512."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    storage = torch.frombuffer(memory, dtype=dtype).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)  # no view of another tensor
+    result = torch.empty(shape, dtype=dtype, device="cpu")
+    size = result.numel() * dtype.itemsize
+    if size >= HUGE:
+        load().ask_for_huge_pages(result.data_ptr(), size)
+    return result
 
 
 class _Kept(threading.local):

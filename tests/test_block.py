@@ -22,7 +22,7 @@ BACKENDS = ["cpp", "cpp call by call", "triton"]
 def backend(request, monkeypatch):
     name, _, call_by_call = request.param.partition(" ")
     if call_by_call:
-        monkeypatch.setattr(block_native, "shape_of", lambda *arguments: None)
+        monkeypatch.setattr(block_native, "shape_of", lambda *_, **__: None)
     return require(name)
 
 
@@ -194,6 +194,33 @@ def test_activation_checkpointing_gives_the_same_gradients(backend):
         sum(t.square().sum() for t in call()).backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_decoding_has_the_bits_of_the_ops_one_by_one(backend, dtype, bias, monkeypatch):
+    model = tiny(backend, dtype=dtype, bias=bias).eval()
+    idx = torch.arange(2 * 9).reshape(2, 9) % 17
+
+    def logits():
+        cache = model.new_cache(2)
+        with torch.no_grad():
+            found = [model(part, cache=cache) for part in idx.split([4, 1, 1, 2, 1], dim=1)]
+        return [*found, cache.k, cache.v]
+
+    fused = logits()
+    one_by_one(monkeypatch)
+    equal(fused, logits())
+
+
+def test_a_cache_of_another_dtype_holds_what_it_is_given():
+    model = tiny(require("cpp")).eval()
+    idx = torch.arange(8).reshape(1, 8)
+    with torch.no_grad():
+        full = model(idx)
+        cache = model.new_cache(1, torch.float64)
+        parts = [model(part, cache=cache) for part in idx.split([5, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full)
 
 
 def test_explain_says_that_size_does_not_decide_inside_a_block():

@@ -1,11 +1,11 @@
 // The matrix product and its epilogue: c = activation(a b + bias), or c = (a b) * slope.
 //
 //   for columns of b in blocks                            (gemm_plan.h)
-//     for k in passes of at most 1536
+//     for k in passes of at most 4096
 //       pack the block of b in panels of two vectors      every thread
 //       for stripes of rows of a, one thread each:
 //         pack the stripe                                 stays in the second-level cache
-//         for panels of b: for rows of the stripe: product_kernel, a chunk of k at a time
+//         for panels of b: for rows of the stripe: gemm_kernel, a chunk of k at a time
 //
 // Goto, van de Geijn, "Anatomy of high-performance matrix multiplication" (2008); the order of the
 // two inner loops and the shared packed b as in BLIS. A kernel's sums go to a tile on the stack,
@@ -15,7 +15,7 @@
 // and passes depend on K alone: no result depends on the number of threads.
 #include "activation.h"
 #include "blocks.h"
-#include "gemm_pack.h"
+#include "gemm_narrow.h"
 #include "gemm_plan.h"
 
 namespace gptk {
@@ -85,8 +85,9 @@ template <typename A> GPTK_INLINE void add_row(A* row, const A* before, int64_t 
 }
 
 // One panel of b, all rows of a stripe. sums: where passes before the last are kept, or null.
-template <typename E, PackedA LAYOUT, typename A = typename ElementOf<E>::acc>
-void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* packed_a, int64_t lda,
+// packed_a: row by row, lda apart, or (Adjacent::rows) in panels of KERNEL_ROWS rows side by side.
+template <typename E, Adjacent SIDE, typename LD, typename A = typename ElementOf<E>::acc>
+void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* packed_a, LD lda,
            const E* packed_b, A* sums, int64_t sums_m, Finish<A> finish) {
   constexpr int W = Lanes<A>::value, PANEL = 2 * W;
   const int64_t width = smaller(PANEL, pass.columns - n),
@@ -100,7 +101,7 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
   for (int64_t m = rows.begin; m < rows.end; m += KERNEL_ROWS) {
     const int step = static_cast<int>(smaller(KERNEL_ROWS, rows.end - m));
     const int64_t at = m - rows.begin;
-    const E* a_step = packed_a + (LAYOUT == PackedA::rows ? at * lda : at * K);
+    const E* a_step = packed_a + at * (SIDE == Adjacent::columns ? static_cast<int64_t>(lda) : K);
     A* out = tile;
     int64_t out_m = PANEL;
     bool add = false;
@@ -110,15 +111,14 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
       out = static_cast<A*>(a.c) + m * a.N + pass.n + n, out_m = a.N, add = a.add != 0;
     }
     for (int64_t k = 0; k == 0 || k < K; k += CHUNK) {
-      const E* a_chunk = a_step + (LAYOUT == PackedA::rows ? k : k * KERNEL_ROWS);
+      const E* a_chunk = a_step + k * (SIDE == Adjacent::columns ? 1 : KERNEL_ROWS);
       const E* b_chunk = packed_b + k * PANEL;
-      const bool more = add || k > 0;
+      const Sum<A> end = {add || k > 0};
+      const int64_t depth = smaller(CHUNK, K - k);
       if (width > W)
-        product_rows<E, 2, LAYOUT>(step, smaller(CHUNK, K - k), a_chunk, lda, b_chunk, out, out_m,
-                                   more);
+        gemm_rows<E, 2, SIDE>(step, depth, a_chunk, lda, b_chunk, out, out_m, end);
       else
-        product_rows<E, 1, LAYOUT>(step, smaller(CHUNK, K - k), a_chunk, lda, b_chunk, out, out_m,
-                                   more);
+        gemm_rows<E, 1, SIDE>(step, depth, a_chunk, lda, b_chunk, out, out_m, end);
     }
     if (!pass.last) continue;
     for (int i = 0; i < step; i++) {
@@ -131,70 +131,11 @@ void panel(const Args& a, const Pass& pass, int64_t n, Range rows, const E* pack
 }
 
 // --- few rows ------------------------------------------------------------------------------
-// Decoding: as fast as b can be read. b's columns are adjacent along k (a weight of nn.Linear).
-
-// A row of a kept as E, and what a vector of it is multiplied with: the values of b's column there.
-template <typename E> struct NarrowRow {
-  static constexpr int64_t VALUES = Lanes<E>::value;
-  static GPTK_INLINE int64_t row_elements(int64_t K) { return K; }
-  template <typename T> static void pack(const T* from, int64_t K, E* row) {
-    for (int64_t k = 0; k < K; k++) row[k] = static_cast<E>(to_acc(from[k]));
-  }
-  template <typename T, typename L> static GPTK_INLINE Vec<E> column(const T* b, L lanes) {
-    return load(b, lanes);
-  }
-  template <typename L> static GPTK_INLINE Vec<E> row(const E* row, int64_t k, L lanes) {
-    return load(row + k, lanes);
-  }
-};
-
-#if defined(__AVX512BF16__)
-template <> struct NarrowRow<Pair> {
-  static constexpr int64_t VALUES = 32;
-  static GPTK_INLINE int64_t row_elements(int64_t K) { return ceil_div(K, VALUES) * 16; }
-  template <typename T> static void pack(const T* from, int64_t K, Pair* row) {
-    for (int64_t k = 0; k < K; k += VALUES)
-      _mm512_storeu_si512(row + k / 2, K - k >= VALUES ? pairs(from + k)
-                                                       : pairs(from + k, static_cast<int>(K - k)));
-  }
-  template <typename T> static GPTK_INLINE __m512i column(const T* b, All) { return pairs(b); }
-  template <typename T> static GPTK_INLINE __m512i column(const T* b, int n) { return pairs(b, n); }
-  template <typename L> static GPTK_INLINE __m512i row(const Pair* row, int64_t k, L) {
-    return _mm512_loadu_si512(row + k / 2);
-  }
-};
-#endif
-
-// dot[m * dot_m] = sum_k a[m, k] b[k]. Column after column, b is read straight through, as hardware
-// prefetchers like it: with four columns side by side it came at half the bandwidth.
-template <int M, typename E, typename TB, typename A = typename ElementOf<E>::acc>
-void dot_products(const E* a, int64_t K, const TB* b, A* dot, int64_t dot_m) {
-  using Row = NarrowRow<E>;
-  constexpr int PARTS = 4;  // sums per row, so that additions need not wait for each other
-  const int64_t lda = Row::row_elements(K);
-  Vec<A> sum[M][PARTS] = {};
-  const auto step = [&](int64_t k, int part, auto lanes) __attribute__((always_inline)) {
-    const auto column = Row::column(b + k, lanes);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++)
-      sum[m][part] =
-          ElementOf<E>::multiply_add(Row::row(a + m * lda, k, lanes), column, sum[m][part]);
-  };
-  int64_t k = 0;
-  for (; k + PARTS * Row::VALUES <= K; k += PARTS * Row::VALUES) {
-#pragma GCC unroll 4
-    for (int part = 0; part < PARTS; part++) step(k + part * Row::VALUES, part, All());
-  }
-  for (; k + Row::VALUES <= K; k += Row::VALUES) step(k, 0, All());
-  if (k < K) step(k, 1, static_cast<int>(K - k));
-  for (int m = 0; m < M; m++)
-    dot[m * dot_m] = hsum((sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]));
-}
 
 template <int M, typename E, typename TA, typename TB, typename A = typename ElementOf<E>::acc>
 void narrow_product(const Args& a) {
   constexpr int64_t COLUMNS = 2 * Lanes<A>::value;
-  E* rows = static_cast<E*>(a.scratch);
+  auto* rows = static_cast<typename NarrowRow<E>::Kept*>(a.scratch);
   for (int m = 0; m < M; m++)
     NarrowRow<E>::pack(static_cast<const TA*>(a.a) + m * a.a_m, a.K,
                        rows + m * NarrowRow<E>::row_elements(a.K));
@@ -206,7 +147,7 @@ void narrow_product(const Args& a) {
       A tile[M * COLUMNS], bias_scratch[COLUMNS];
       const TB* b = static_cast<const TB*>(a.b) + n * a.b_n;
       for (int64_t c = 0; c < width; c++)
-        dot_products<M>(rows, a.K, b + c * a.b_n, tile + c, COLUMNS);
+        dot_products<M, E>(rows, a.K, b + c * a.b_n, tile + c, COLUMNS);
       const A* bias = a.bias ? read_block(a.bias, a.bias_dtype, n, width, bias_scratch) : nullptr;
       for (int m = 0; m < M && a.add; m++)
         add_row(tile + m * COLUMNS, static_cast<const A*>(a.c) + m * a.N + n, width);
@@ -238,7 +179,8 @@ void product(const Args& a) {
   const TA* source_a = static_cast<const TA*>(a.a);
   const TB* source_b = static_cast<const TB*>(a.b);
   const int threads = a.M * a.N * a.K < (1 << 16) ? 1 : a.threads;
-  const int64_t block = columns(a.N, a.K), deep = depth(a.K), tall = stripe_rows(a.M, a.K);
+  const int64_t block = columns(a.N, a.K), deep = depth(a.K),
+                tall = stripe_rows(a.M, a.K, a.threads);
   const Finish<A> finish = finish_for<A>(a);
   A* sums = static_cast<A*>(a.scratch);
   E* packed_b = reinterpret_cast<E*>(sums + gemm_plan::sums(a.M, a.N, a.K));
@@ -259,19 +201,20 @@ void product(const Args& a) {
       parallel_for_threads(ceil_div(a.M, tall), threads, [&](int64_t stripe, int thread) {
         const Range rows = {stripe * tall, smaller(stripe * tall + tall, a.M)};
         E* own = reinterpret_cast<E*>(reinterpret_cast<A*>(packed_a) +
-                                      thread * gemm_plan::packed_a(a.M, a.K));
+                                      thread * gemm_plan::packed_a(a.M, a.K, a.threads));
         const TA* from = source_a + rows.begin * a.a_m + k * a.a_k;
         const int64_t height = rows.end - rows.begin;
         if (a.a_k == 1) {
           pack_a_rows(from, a.a_m, height, pass.depth, lda, own);
           for (int64_t p = 0; p * PANEL < wide; p++)
-            panel<E, PackedA::rows>(a, pass, p * PANEL, rows, own, lda, packed_b + p * PANEL * K,
-                                    sums, block, finish);
+            panel<E, Adjacent::columns>(a, pass, p * PANEL, rows, own, lda,
+                                        packed_b + p * PANEL * K, sums, block, finish);
         } else {
+          const std::integral_constant<int64_t, KERNEL_ROWS> side;
           pack_columns(from, a.a_k, height, pass.depth, own);
           for (int64_t p = 0; p * PANEL < wide; p++)
-            panel<E, PackedA::panels>(a, pass, p * PANEL, rows, own, lda, packed_b + p * PANEL * K,
-                                      sums, block, finish);
+            panel<E, Adjacent::rows>(a, pass, p * PANEL, rows, own, side, packed_b + p * PANEL * K,
+                                     sums, block, finish);
         }
       });
     }

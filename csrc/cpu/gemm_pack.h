@@ -2,7 +2,7 @@
 // panels (b) and stripes (a) of elements, rounded to the compute dtype on the way.
 #pragma once
 
-#include "gemm_kernel.h"
+#include "gemm_tile.h"
 
 namespace gptk {
 namespace GPTK_ISA {

@@ -1,5 +1,5 @@
-// Small matrix products on tiles that stay in cache: C = [C +] scale A B, the inner loops of
-// attention.
+// The register kernel of every matrix product, C = [C +] scale A B, and small products on tiles
+// that stay in cache: the inner loops of attention.
 //
 // A is read one element at a time and broadcast, B and C by vectors. A's elements may be adjacent
 // along its rows or along its columns, so no product needs a transposed copy of A. B is packed in
@@ -80,16 +80,23 @@ template <> struct ElementOf<Pair> {
 
 // --- product -------------------------------------------------------------------------------
 
-// Scale and whether to add to what C holds.
+// What becomes of a vector of sums, given where it goes: scaled, and added to what C holds there.
 template <typename A> struct Epilogue {
   A scale;
   bool add;
+  GPTK_INLINE Vec<A> operator()(Vec<A> sum, const A* c) const {
+    return add ? fma(sum, broadcast(scale), load(c)) : sum * broadcast(scale);
+  }
+};
+template <typename A> struct Sum {
+  bool add;
+  GPTK_INLINE Vec<A> operator()(Vec<A> sum, const A* c) const { return add ? load(c) + sum : sum; }
 };
 
-// c (M, NV vectors) = [c +] scale sum_k a(m, k) b(k, :). lda: distance of A's rows (or columns).
-template <typename E, int M, int NV, Adjacent SIDE, typename A = typename ElementOf<E>::acc>
-void gemm_kernel(int64_t K, const E* a, int64_t lda, const E* b, A* c, int64_t ldc,
-                 Epilogue<A> end) {
+// c (M, NV vectors) = end(sum_k a(m, k) b(k, :)). lda: distance of A's rows (or columns); a
+// constant (a type) leaves the compiler one address to keep.
+template <typename E, int M, int NV, Adjacent SIDE, typename LD, typename End, typename A>
+void gemm_kernel(int64_t K, const E* a, LD lda, const E* b, A* c, int64_t ldc, End end) {
   using Element = ElementOf<E>;
   constexpr int W = Lanes<A>::value;
   Vec<A> sum[M][NV];
@@ -107,23 +114,21 @@ void gemm_kernel(int64_t K, const E* a, int64_t lda, const E* b, A* c, int64_t l
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) sum[m][v] = Element::multiply_add(x, row[v], sum[m][v]);
     }
-    a += SIDE == Adjacent::rows ? lda : 1;
+    a += SIDE == Adjacent::rows ? static_cast<int64_t>(lda) : 1;
     b += Panel<A>::value;
   }
-  const Vec<A> scale = broadcast(end.scale);
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) {
       A* out = c + m * ldc + v * W;
-      store(out, end.add ? fma(sum[m][v], scale, load(out)) : sum[m][v] * scale);
+      store(out, end(sum[m][v], out));
     }
   }
 }
 
-template <typename E, int NV, Adjacent SIDE, typename A = typename ElementOf<E>::acc>
-void gemm_rows(int rows, int64_t K, const E* a, int64_t lda, const E* b, A* c, int64_t ldc,
-               Epilogue<A> end) {
+template <typename E, int NV, Adjacent SIDE, typename LD, typename End, typename A>
+void gemm_rows(int rows, int64_t K, const E* a, LD lda, const E* b, A* c, int64_t ldc, End end) {
   switch (rows) {
 #if defined(__AVX512F__) || defined(__aarch64__)
   case 8:

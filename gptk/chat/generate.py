@@ -64,8 +64,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     z = logits.detach().to("cpu", torch.float64)
     top = z.amax(-1, keepdim=True)
-    if not torch.isfinite(top).all():
-        raise ValueError("the logits hold NaN or infinity: the model's weights are not usable")
+    _check_usable(top)
     if sampling.temperature == 0.0:  # argmax: of equals the first
         return torch.zeros_like(z).scatter_(-1, z.argmax(-1, keepdim=True), 1.0)
     # log-probabilities up to a constant, at most 0, so that no temperature can overflow
@@ -87,6 +86,22 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         p[..., 1:][p.cumsum(-1)[..., :-1] >= sampling.top_p - 1e-12] = 0.0
         p = p / p.sum(-1, keepdim=True)
     return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def _check_usable(top: Tensor) -> None:
+    """ValueError unless the largest logits of all rows are finite."""
+    if not torch.isfinite(top).all():
+        raise ValueError("the logits hold NaN or infinity: the model's weights are not usable")
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next ids (B, 1) on the CPU: drawn from probabilities(logits, sampling) (B, V)."""
+    if sampling.temperature > 0.0:
+        return draw(probabilities(logits, sampling), generator)
+    z = logits.detach().to("cpu")
+    ids = z.argmax(-1, keepdim=True)  # of equals the first
+    _check_usable(z.gather(-1, ids))
+    return ids
 
 
 def draw(p: Tensor, generator: torch.Generator) -> Tensor:
@@ -152,7 +167,7 @@ def generate(
                 logits = model(last, cache=cache)  # (B, t, V)
             else:
                 logits = model(context)
-        ids = draw(probabilities(logits[:, -1, :vocab_size], sampling), generator)  # (B, 1)
+        ids = choose(logits[:, -1, :vocab_size], sampling, generator)  # (B, 1)
         yield ids[:, 0]
         new = ids.to(device)
         context = torch.cat([context, new], dim=1)[:, -block_size:]

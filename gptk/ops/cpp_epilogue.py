@@ -12,7 +12,7 @@ from gptk.ops.cpp_product import FEW_ROWS, owns, product, product_dtype
 
 
 def own(dtype: torch.dtype, rows: int) -> bool:
-    """Is a product with `rows` rows of this dtype the extension's?"""
+    """Are all products with `rows` rows of this dtype the extension's, the gradients', too?"""
     return owns(dtype) and (rows > FEW_ROWS or dtype.itemsize == 2)
 
 
@@ -21,7 +21,7 @@ def multiply(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, pre): y = activation(pre) (M, N) in x's dtype, pre = x weight^T + bias if it is kept."""
     dtype = x.dtype
-    if own(dtype, x.shape[0]):
+    if owns(dtype):
         return product(x, weight.t(), bias, activation, keep_pre=keep_pre)
     wide = product_dtype(dtype)
     x, weight = x.to(wide), weight.to(dtype).to(wide)

@@ -24,7 +24,8 @@ of about 1 pays, since the passes around a product fall away. bf16 without vdpbf
 below AVX-512, stay torch's."""
 
 FEW_ROWS = 4
-"""Up to so many rows of a 32-bit product are torch's: the extension's sums are less exact there."""
+"""Gradients with up to so many rows in 32 bits are torch's: the extension's sums are less exact
+there. y = x weight^T reads the weight where it lies and sums in double."""
 
 
 def owns(compute: torch.dtype) -> bool:

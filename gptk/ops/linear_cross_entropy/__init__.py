@@ -167,7 +167,7 @@ class ReducedFunction(torch.autograd.Function):
         if not any(needs):
             loss, _ = impl.forward(x, w, b, target, *options)
             return reduce_rows(loss, target, ignore_index, reduction)
-        factor = 1.0
+        counted, factor = 1, 1.0
         if reduction == "mean":
             counted = int((target != ignore_index).sum())
             factor = 1 / counted if counted else math.nan
@@ -178,20 +178,21 @@ class ReducedFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x, w, b, target, lse, dloss)
         ctx.impl, ctx.options, ctx.dtypes, ctx.input_dtype = impl, options, dtypes, input.dtype
-        return reduce_rows(loss, target, ignore_index, reduction)
+        return loss.sum() if reduction == "sum" else loss.sum() / counted
 
     @staticmethod
     @once_differentiable
     @outside_autocast
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or not upstream.isfinite():  # NaN stays out of ignored rows
+        scale = float(upstream)
+        if gradients is None or not math.isfinite(scale):  # NaN stays out of ignored rows
             x, w, b, target, lse, dloss = ctx.saved_tensors
             gradients = ctx.impl.backward(
                 dloss * upstream, x, w, b, target, lse, *ctx.options, *ctx.dtypes,
                 ctx.needs_input_grad[1:4],
             )  # fmt: skip
-        elif upstream != 1:
+        elif scale != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(upstream)

@@ -42,15 +42,12 @@ def forward(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,), for x (N, C), weight (V, C)."""
-    N = x.shape[0]
-    acc = ACC[x.dtype]
-    loss, lse = torch.empty(N, dtype=acc), torch.empty(N, dtype=acc)
+    losses, lses = [], []
     for rows, logits in _Chunks(x, weight, bias).logits():
-        part = cross_entropy_forward(logits, target[rows], ignore_index, label_smoothing)
-        if logits.shape[0] == N:
-            return part
-        loss[rows], lse[rows] = part
-    return loss, lse
+        loss, lse = cross_entropy_forward(logits, target[rows], ignore_index, label_smoothing)
+        losses.append(loss)
+        lses.append(lse)
+    return _joined(losses), _joined(lses)
 
 
 def backward(
@@ -89,17 +86,21 @@ def loss_and_gradients(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """(loss, lse, gradients): forward and, for a dloss (N,) known beforehand, backward."""
-    N = x.shape[0]
-    acc = ACC[x.dtype]
-    loss, lse = torch.empty(N, dtype=acc), torch.empty(N, dtype=acc)
+    losses, lses = [], []
     chunks = _Chunks(x, weight, bias, needs)
     options = (ignore_index, label_smoothing)
     for rows, logits in chunks.logits():
-        loss[rows], lse[rows] = cross_entropy_forward(logits, target[rows], *options)
+        loss, lse = cross_entropy_forward(logits, target[rows], *options)
         dlogits = chunks.in_place(logits)
-        write_dlogits(dlogits, dloss[rows], logits, target[rows], lse[rows], *options)
+        write_dlogits(dlogits, dloss[rows], logits, target[rows], lse, *options)
         chunks.add_gradients(rows, dlogits)
-    return loss, lse, chunks.gradients(weight_dtype, bias_dtype)
+        losses.append(loss)
+        lses.append(lse)
+    return _joined(losses), _joined(lses), chunks.gradients(weight_dtype, bias_dtype)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Chunks:
