@@ -9,6 +9,7 @@ the same arguments. What is saved is what lies between them: six autograd nodes,
 checks, views and casts, which cost more than the arithmetic in a small model.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -24,6 +25,15 @@ OPS = ("layer_norm", "linear", "attention", "mlp")
 
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes the new keys and values (B, H, T, D), gives all of them so far."""
+
+
+@functools.cache
+def parameter_sizes(C: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    """Of w1 b1 w_qkv b_qkv w_o b_o w2 b2 w_fc b_fc w_p b_p."""
+    sizes: list[tuple[int, ...]] = []
+    for size in ((C,), (3 * C, C), (C, C), (C,), (hidden, C), (C, hidden)):
+        sizes += [size, size[:1]]
+    return tuple(sizes)
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptk.block import OPS, Plan
+from gptk.block import OPS, Plan, parameter_sizes
 from gptk.native import (
     ACTIVATION,
     DTYPE,
@@ -38,6 +38,21 @@ class LayerCache(NamedTuple):
     k: Tensor
     v: Tensor
     past: int
+
+
+def has_room(cache: LayerCache, shape: "Shape") -> bool:
+    """Can the block's tokens be written where the cache says? Else KVCache.append converts, or has
+    the words for what is wrong."""
+    B, T, C, H, _ = shape.sizes
+    return (
+        cache.k.shape == cache.v.shape == (B, H, cache.k.shape[2], C // H)
+        and cache.k.dtype == cache.v.dtype == shape.compute
+        and cache.past + T <= cache.k.shape[2]
+        and cache.k.is_contiguous()
+        and cache.v.is_contiguous()
+        and cache.k.is_cpu
+        and cache.v.is_cpu
+    )
 
 
 class Shape(NamedTuple):
@@ -127,8 +142,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """(out, h2), and `saved` filled; x and branch contiguous, parameters as they are read."""
     B, T, C, _, _ = shape.sizes
-    out = torch.empty((B, T, C), dtype=shape.compute)
-    h2 = torch.empty((B, T, C), dtype=shape.h2)
+    out = empty((B, T, C), shape.compute)
+    h2 = empty((B, T, C), shape.h2)
     scratch = workspace("block", shape.forward_scratch, torch.uint8)
     load().block_forward(
         out.data_ptr(),
@@ -216,20 +231,27 @@ class NativeBlockFunction(torch.autograd.Function):
         x, h2, saved, w1, w2, w_qkv, w_o, w_fc, w_p = ctx.saved_tensors
         plan, shape = ctx.plan, ctx.shape
         x_dtype, branch_dtype = ctx.dtypes
+        _, _, C, _, hidden = shape.sizes
         _, _, need_branch, need_x, *needs = ctx.needs_input_grad
         dout = torch.zeros_like(h2, dtype=shape.compute) if dout is None else readable(dout)
         dh2 = None if dh2 is None else readable(dh2)
-        dx = torch.empty(h2.shape, dtype=x_dtype) if need_x else None
+        dx = empty(h2.shape, x_dtype) if need_x else None
         # one object where both have one value: autograd copies before it adds to either
         same = need_x and plan.dropout_p == 0 and x_dtype == branch_dtype
         apart = need_branch and not same
-        dbranch = torch.empty(h2.shape, dtype=branch_dtype) if apart else None
-        dh1 = torch.empty(h2.shape, dtype=shape.h1) if branch_dtype is None else None
+        dbranch = empty(h2.shape, branch_dtype) if apart else None
+        dh1 = empty(h2.shape, shape.h1) if branch_dtype is None else None
         gradients = [
             empty(size, dtype) if need else None
-            for (size, dtype), need in zip(_parameters(shape), needs, strict=True)
+            for size, dtype, need in zip(
+                parameter_sizes(C, hidden), _parameter_dtypes(shape), needs, strict=True
+            )
         ]
-        scratch = workspace("block", shape.backward_scratch, torch.uint8)
+        n_threads, size = threads(), shape.backward_scratch
+        if n_threads != shape.threads:  # a forked child, or set_num_threads after the forward
+            codes = (DTYPE[shape.compute], DTYPE[shape.h1])
+            size = load().block_backward_scratch(*shape.sizes, *codes, n_threads)
+        scratch = workspace("block", size, torch.uint8)
         load().block_backward(
             _address(dx),
             _address(dbranch),
@@ -255,7 +277,7 @@ class NativeBlockFunction(torch.autograd.Function):
             DTYPE[shape.matrix],
             DTYPE[shape.bias],
             DTYPE[shape.norm],
-            shape.threads,
+            n_threads,
         )
         alive(dh1, scratch, dout, dh2, h2, saved, x, w1, w_qkv, w_o, w2, w_fc, w_p)
         if dh1 is not None and dx is not None:
@@ -263,10 +285,11 @@ class NativeBlockFunction(torch.autograd.Function):
         return None, None, dx if same and need_branch else dbranch, dx, *gradients
 
 
-def _parameters(shape: Shape) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shape and dtype of each parameter, in order."""
-    _, _, C, _, hidden = shape.sizes
-    norm = ((C,), shape.norm)
-    matrices = ((3 * C, C), (C, C), (hidden, C), (C, hidden))
-    qkv, o, fc, p = (((size, shape.matrix), (size[:1], shape.bias)) for size in matrices)
-    return (norm, norm, *qkv, *o, norm, norm, *fc, *p)
+def _parameter_dtypes(shape: Shape) -> list[torch.dtype]:
+    """Of each parameter, in order."""
+    found = [shape.bias] * 12
+    for place in NORMS:
+        found[place] = shape.norm
+    for place in MATRICES:
+        found[place] = shape.matrix
+    return found

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import block_native
-from gptk.block import OPS, BlockFunction, Plan, decode
+from gptk.block import OPS, BlockFunction, Plan, decode, parameter_sizes
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
 from gptk.ops.contract import autocast_dtype, kernels_of, transformed
@@ -58,7 +58,9 @@ class Block(nn.Module):
         self, branch: Tensor | None, x: Tensor, seed: Seed, layer: int, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
-        kernels = self._kernels(x) if cache is None or not torch.is_grad_enabled() else None
+        kernels = None
+        if cache is None or not torch.is_grad_enabled():
+            kernels = self._kernels(x) if branch is None or branch.shape == x.shape else None
         if kernels is not None:
             return self._fused(kernels, branch, x, seed, layer, cache)
         seeds = _seeds(seed, layer)
@@ -101,9 +103,15 @@ class Block(nn.Module):
             return None
         if torch.compiler.is_compiling() or transformed():
             return None
-        device = x.device
-        if any(t is not None and t.device != device for t in _parameters(layers)):
-            return None  # the ops say so
+        parameters, device = _parameters(layers), x.device
+        if any(parameters[place] is None for place in block_native.MATRICES):
+            return None  # they are kept elsewhere
+        sizes = parameter_sizes(x.shape[-1], layers[6].weight.shape[0])
+        for t, size in zip(parameters, sizes, strict=True):
+            if t is not None and (t.shape != size or t.device != device):
+                return None  # the ops have the words for it
+        if x.dim() != 3 or x.shape[-1] % attn.n_head:
+            return None
         return kernels_of(OPS, attn.backend, device.type, autocast_dtype(x) or x.dtype)
 
     def _fused(
@@ -124,8 +132,8 @@ class Block(nn.Module):
         parameters = _parameters(layers)
         shape = block_native.shape_of(plan, branch, x, parameters, backward=cache is None)
         if cache is not None:
-            if shape is not None and shape.compute == cache.k.dtype == cache.v.dtype:
-                room = block_native.LayerCache(cache.k[layer], cache.v[layer], cache.length)
+            room = block_native.LayerCache(cache.k[layer], cache.v[layer], cache.length)
+            if shape is not None and block_native.has_room(room, shape):
                 return block_native.decode(plan, shape, branch, x, parameters, room)
             return decode(plan, branch, x, parameters, functools.partial(cache.append, layer))
         if shape is not None:
@@ -143,7 +151,7 @@ def _parameters(layers: tuple[Any, ...]) -> list[Tensor | None]:
     """The weights and biases of a block's _layers, in the order in which they are used."""
     ln_1, _, ln_2, _, c_attn, c_proj, c_fc, c_proj_2 = layers
     order = (ln_1, c_attn, c_proj, ln_2, c_fc, c_proj_2)
-    return [layer._parameters[name] for layer in order for name in ("weight", "bias")]
+    return [layer._parameters.get(name) for layer in order for name in ("weight", "bias")]
 
 
 BLOCK_PARTS = (LayerNorm, CausalSelfAttention, LayerNorm, MLP, *(nn.Linear,) * 4)

@@ -83,7 +83,7 @@ def threads() -> int:
     return 1 if _after_fork else torch.get_num_threads()
 
 
-MOST_WORKSPACE = 128 * 2**20
+MOST_WORKSPACE = 64 * 2**20
 """Bytes: what a call needs beyond that is returned to the system after the call."""
 
 
@@ -91,7 +91,7 @@ HUGE = 4 * 2**20
 """Bytes from which on `empty` asks for huge pages."""
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU, for results. Large ones come on huge pages where Linux has them on
     request: every page of fresh memory is a fault, and 2 MiB take one instead of 512."""
     result = torch.empty(shape, dtype=dtype, device="cpu")
@@ -119,7 +119,7 @@ def workspace(name: str, elements: int, dtype: torch.dtype) -> Tensor:
     buffer = buffers.get((name, dtype))
     if buffer is None or buffer.shape[0] < elements:
         with torch.inference_mode(False):  # it outlives the caller's modes
-            buffer = torch.empty(elements, dtype=dtype, device="cpu")
+            buffer = empty(elements, dtype)
         if elements * dtype.itemsize <= MOST_WORKSPACE:
             buffers[name, dtype] = buffer
     return buffer

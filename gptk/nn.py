@@ -125,8 +125,16 @@ class KVCache:
         return self.k.shape[3]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, D) behind the `length` tokens of this layer; return all of them."""
+        """Store (B, H, T, D) behind the `length` tokens of this layer; return all of them.
+
+        Raises:
+            ValueError: another batch size, or more tokens than there is room for.
+        """
         end = self.length + k.shape[2]
+        if k.shape[0] != self.k.shape[1]:
+            raise ValueError(f"a batch of {k.shape[0]} for a cache of {self.k.shape[1]} sequences")
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens for a cache of {self.capacity}")
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end].to(k.dtype), self.v[layer, :, :, :end].to(v.dtype)

@@ -223,6 +223,91 @@ def test_a_cache_of_another_dtype_holds_what_it_is_given():
     torch.testing.assert_close(torch.cat(parts, dim=1), full)
 
 
+def small_cache(model):
+    model.config.block_size += 3  # what the cache has no room for
+    cache = model.new_cache(2)
+    cache.k, cache.v = cache.k[:, :, :, :4].clone(), cache.v[:, :, :, :4].clone()
+    return cache
+
+
+@pytest.mark.parametrize(
+    "made", [lambda model: model.new_cache(1), lambda model: model.new_cache(3), small_cache]
+)
+def test_a_cache_that_does_not_fit_is_refused(backend, made):
+    model = tiny(backend).eval()
+    cache = made(model)
+    with torch.no_grad(), pytest.raises(ValueError, match="cache of"):
+        model(torch.zeros(2, 5, dtype=torch.int64), cache=cache)
+
+
+def test_a_part_of_a_larger_cache_is_written_where_it_lies(backend):
+    model = tiny(backend).eval()
+    idx = torch.arange(6).reshape(1, 6)
+    cache, whole = model.new_cache(1), model.new_cache(1)
+    k, v = (torch.zeros(*t.shape[:3], 20, t.shape[4]) for t in (cache.k, cache.v))
+    cache.k, cache.v = k[:, :, :, 5:14], v[:, :, :, 5:14]
+    with torch.no_grad():
+        for part in idx.split([4, 2], dim=1):
+            assert torch.equal(model(part, cache=cache), model(part, cache=whole))
+    assert torch.equal(cache.k, whole.k)
+    assert not k[:, :, :, :5].any()
+    assert not k[:, :, :, 14:].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.attn, "c_attn", torch.nn.Linear(12, 12)),
+        lambda block: setattr(block.attn, "n_head", 5),
+        lambda block: setattr(block.mlp, "c_fc", torch.nn.Linear(12, 40)),
+        lambda block: setattr(block.mlp.c_fc, "bias", torch.nn.Parameter(torch.zeros(3))),
+        lambda block: setattr(block.ln_2, "weight", torch.nn.Parameter(torch.ones(3))),
+    ],
+    ids=["c_attn", "n_head", "c_fc", "bias", "norm"],
+)
+def test_parts_that_do_not_fit_are_an_error(change):
+    block = tiny(require("cpp")).h[0]
+    change(block)
+    with pytest.raises((ValueError, RuntimeError)):
+        block(None, torch.randn(2, 3, 12), 0, 0, None)
+
+
+def test_a_branch_of_another_shape_is_an_error():
+    block = tiny(require("cpp")).h[0]
+    with pytest.raises((ValueError, RuntimeError)):
+        block(torch.randn(1, 1, 12), torch.randn(2, 3, 12), 0, 0, None)
+
+
+def test_the_threads_of_backward_are_its_own(backend):
+    block, before = tiny(backend).h[0], torch.get_num_threads()
+    x, grads = torch.randn(2, 3, 12, requires_grad=True), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(1)
+            out, h = block(None, x, 0, 0, None)
+            torch.set_num_threads(threads)
+            grads.append(torch.autograd.grad(out.sum() + h.sum(), x)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*grads)
+
+
+def test_the_default_device_is_not_where_results_go(backend):
+    model = tiny(backend)
+    with torch.device("meta"):
+        found = run_on(model)
+    equal(found, run_on(model))
+
+
+def run_on(model):
+    """run(), with its own tensors on the CPU."""
+    idx = torch.arange(2 * 8, device="cpu").reshape(2, 8) % 17
+    model.zero_grad(set_to_none=True)
+    loss = model(idx[:, :-1], idx[:, 1:], seed=5)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
 def test_explain_says_that_size_does_not_decide_inside_a_block():
     require("cpp")
     chosen = contract.chosen(tiny("auto"))

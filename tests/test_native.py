@@ -276,7 +276,7 @@ def test_every_output_element_is_written_and_nothing_beside_it(shape, dtype, mon
     real_empty = torch.empty
     guarded: list[tuple[torch.Tensor, int]] = []
 
-    def empty(*size, dtype=torch.float32):
+    def empty(*size, dtype=torch.float32, device=None):
         size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         count = torch.Size(size).numel()
         memory = real_empty(count + 2 * GUARD, dtype=dtype)

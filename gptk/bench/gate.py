@@ -65,8 +65,9 @@ def accepted(
 
 
 def magnitude(tensors: Iterable[Tensor]) -> float:
-    """The largest absolute value of all of them."""
-    return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
+    """The largest finite absolute value of all of them."""
+    finite = (t[t.isfinite()].abs() for t in tensors)
+    return max((t.max().item() for t in finite if t.numel()), default=0.0)
 
 
 class Verdict(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gptk.native import ACC, ACTIVATION, DTYPE, alive, load, row_groups, threads
+from gptk.native import ACC, ACTIVATION, DTYPE, alive, empty, load, row_groups, threads
 from gptk.ops.cpp_product import FEW_ROWS, owns, product, product_dtype
 
 
@@ -57,8 +57,8 @@ def activate(
     M, N = product.shape
     pre = None
     if keep_pre:
-        pre = product if product.dtype == dtype else torch.empty((M, N), dtype=dtype)
-    y = torch.empty((M, N), dtype=dtype)
+        pre = product if product.dtype == dtype else empty((M, N), dtype)
+    y = empty((M, N), dtype)
     load().activation_forward(
         y.data_ptr(),
         0 if pre is None else pre.data_ptr(),
@@ -87,12 +87,12 @@ def activate_backward(
     """(dpre, y, dbias): dpre and y = activation(pre) in `dtype`, dbias None if bias_dtype is."""
     M, N = dy.shape
     groups = row_groups(M)
-    dpre = torch.empty((M, N), dtype=dtype)
-    y = torch.empty((M, N), dtype=dtype) if need_y else None
+    dpre = empty((M, N), dtype)
+    y = empty((M, N), dtype) if need_y else None
     dbias = partial = None
     if bias_dtype is not None:
-        dbias = torch.empty(N, dtype=bias_dtype)
-        partial = torch.empty((groups, N), dtype=ACC[dy.dtype])
+        dbias = empty(N, bias_dtype)
+        partial = empty((groups, N), ACC[dy.dtype])
     load().activation_backward(
         dpre.data_ptr(),
         0 if y is None else y.data_ptr(),
@@ -118,8 +118,8 @@ def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of dy (M, N) over its rows, (N,), in the accumulation dtype, rounded once."""
     M, N = dy.shape
     groups = row_groups(M)
-    total = torch.empty(N, dtype=dtype)
-    partial = torch.empty((groups, N), dtype=ACC[dy.dtype])
+    total = empty(N, dtype)
+    partial = empty((groups, N), ACC[dy.dtype])
     load().activation_backward(
         0,  # dpre
         0,  # y

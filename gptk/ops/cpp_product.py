@@ -87,6 +87,9 @@ def product(
     """
     M, K = a.shape
     N = b.shape[1]
+    if b.shape[0] != K or (bias is not None and bias.shape[0] != N):
+        found = f"{tuple(a.shape)} x {tuple(b.shape)}"
+        raise ValueError(f"the product {found}, bias {None if bias is None else tuple(bias.shape)}")
     compute = a.dtype if compute is None else compute
     c = empty((M, N), out or a.dtype) if into is None else into
     other = empty((M, N), c.dtype) if keep_pre or keep_value else None

@@ -214,7 +214,7 @@ def test_writes_every_element_and_none_outside(Tq, Tk, dtype, monkeypatch):
     plain = kernel(*tensors, causal=True, p=0.1)
     empty, made = torch.empty, []
 
-    def guarded(*shape, dtype):
+    def guarded(*shape, dtype, device=None):
         shape = shape[0] if isinstance(shape[0], tuple) else shape
         n = math.prod(shape)
         made.append((empty(n + 128, dtype=dtype).fill_(math.nan), n))
@@ -225,7 +225,7 @@ def test_writes_every_element_and_none_outside(Tq, Tk, dtype, monkeypatch):
     monkeypatch.setattr(
         torch,
         "empty_strided",
-        lambda size, stride, dtype: guarded(*size, dtype=dtype).as_strided(
+        lambda size, stride, dtype, device: guarded(*size, dtype=dtype).as_strided(
             size, stride, made[-1][0].storage_offset() + 64
         ),
     )

@@ -7,7 +7,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from gptk.native import DTYPE, load, threads
+from gptk.native import DTYPE, empty, load, threads
 
 # struct gptk_adamw_tensor: param, exp_avg, exp_avg_sq, master, step, grad, numel, lr, weight_decay,
 # param_dtype, state_dtype, grad_dtype, unused
@@ -28,8 +28,8 @@ def norm(grads: Sequence[Tensor]) -> Tensor:
     extension = load()
     block = extension.NORM_BLOCK
     pieces = sum(-(-g.numel() // block) for g in grads)
-    total = torch.empty((), dtype=torch.float64)
-    partial = torch.empty(pieces, dtype=torch.float64)
+    total = empty((), torch.float64)
+    partial = empty(pieces, torch.float64)
     table = array("B", b"".join(rows))
     extension.adamw_norm(
         total.data_ptr(), partial.data_ptr(), table.buffer_info()[0], len(rows), threads()

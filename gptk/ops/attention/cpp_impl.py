@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, MASK64, alive, load, threads
+from gptk.native import ACC, DTYPE, MASK64, alive, empty, load, threads
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -25,11 +25,10 @@ def forward(
     B, H, Tq, D = q.shape
     Hkv, Tk, Dv = v.shape[1:]
     dtype, extension, n_threads = q.dtype, load(), threads()
-    out = torch.empty_strided((B, H, Tq, Dv), (Tq * H * Dv, Dv, H * Dv, 1), dtype=dtype)
-    lse = torch.empty((B, H, Tq), dtype=ACC[dtype])
-    scratch = torch.empty(
-        n_threads * extension.attention_forward_scratch(Tq, D, Dv), dtype=ACC[dtype]
-    )
+    strides = (Tq * H * Dv, Dv, H * Dv, 1)
+    out = torch.empty_strided((B, H, Tq, Dv), strides, dtype=dtype, device="cpu")  # no view
+    lse = empty((B, H, Tq), ACC[dtype])
+    scratch = empty(n_threads * extension.attention_forward_scratch(Tq, D, Dv), ACC[dtype])
     extension.attention_forward(
         out.data_ptr(),
         lse.data_ptr(),
@@ -79,14 +78,13 @@ def backward(
     Hkv, Tk, Dv = v.shape[1:]
     dtype, extension, n_threads = q.dtype, load(), threads()
     if into is None:
-        dq = torch.empty((B, Tq, H, D), dtype=dtype).transpose(1, 2) if needs[0] else None
-        dk = torch.empty((B, Tk, Hkv, D), dtype=dtype).transpose(1, 2) if needs[1] else None
-        dv = torch.empty((B, Tk, Hkv, Dv), dtype=dtype).transpose(1, 2) if needs[2] else None
+        dq = empty((B, Tq, H, D), dtype).transpose(1, 2) if needs[0] else None
+        dk = empty((B, Tk, Hkv, D), dtype).transpose(1, 2) if needs[1] else None
+        dv = empty((B, Tk, Hkv, Dv), dtype).transpose(1, 2) if needs[2] else None
     else:
         dq, dk, dv = into
-    scratch = torch.empty(
-        extension.attention_backward_scratch(B, H, Hkv, Tq, Tk, D, Dv, n_threads), dtype=ACC[dtype]
-    )
+    size = extension.attention_backward_scratch(B, H, Hkv, Tq, Tk, D, Dv, n_threads)
+    scratch = empty(size, ACC[dtype])
     extension.attention_backward(
         0 if dq is None else dq.data_ptr(),
         0 if dk is None else dk.data_ptr(),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, alive, load, threads
+from gptk.native import ACC, DTYPE, alive, empty, load, threads
 
 
 def unsupported(
@@ -20,8 +20,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,), for logits (N, V) with adjacent columns."""
     N, V = logits.shape
-    loss = torch.empty(N, dtype=ACC[logits.dtype])
-    lse = torch.empty(N, dtype=ACC[logits.dtype])
+    loss = empty(N, ACC[logits.dtype])
+    lse = empty(N, ACC[logits.dtype])
     load().cross_entropy_forward(
         loss.data_ptr(),
         lse.data_ptr(),
@@ -48,7 +48,7 @@ def backward(
     label_smoothing: float,
 ) -> Tensor:
     """dlogits (N, V), contiguous."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    dlogits = empty(logits.shape, logits.dtype)
     write_dlogits(dlogits, dloss, logits, target, lse, ignore_index, label_smoothing)
     return dlogits
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, MASK64, alive, load, row_groups, threads
+from gptk.native import ACC, DTYPE, MASK64, alive, empty, load, row_groups, threads
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -28,10 +28,10 @@ def forward(
     if residual is not None:
         if residual.dtype != dtype:
             dtype = torch.promote_types(dtype, residual.dtype)
-        h = torch.empty((M, N), dtype=dtype)
-    y = torch.empty((M, N), dtype=y_dtype or dtype)
-    mean = torch.empty(M, dtype=ACC[dtype])
-    rstd = torch.empty(M, dtype=ACC[dtype])
+        h = empty((M, N), dtype)
+    y = empty((M, N), y_dtype or dtype)
+    mean = empty(M, ACC[dtype])
+    rstd = empty(M, ACC[dtype])
     load().layer_norm_forward(
         y.data_ptr(),
         0 if h is None else h.data_ptr(),
@@ -76,14 +76,17 @@ def backward(
     need_dx, need_dresidual, need_dweight, need_dbias = needs
     weight_dtype = h.dtype if weight is None else weight.dtype
     groups = row_groups(M)
-    dresidual = torch.empty((M, N), dtype=residual_dtype) if need_dresidual else None
+    dresidual = None
+    if need_dresidual:
+        assert residual_dtype is not None
+        dresidual = empty((M, N), residual_dtype)
     same = dresidual is not None and dropout_p == 0 and x_dtype == residual_dtype
-    dx = torch.empty((M, N), dtype=x_dtype) if need_dx and not same else None
-    dweight = torch.empty(N, dtype=weight_dtype) if need_dweight else None
-    dbias = torch.empty(N, dtype=weight_dtype) if need_dbias else None
+    dx = empty((M, N), x_dtype) if need_dx and not same else None
+    dweight = empty(N, weight_dtype) if need_dweight else None
+    dbias = empty(N, weight_dtype) if need_dbias else None
     partial = None
     if need_dweight or need_dbias:
-        partial = torch.empty((2, groups, N), dtype=ACC[h.dtype])
+        partial = empty((2, groups, N), ACC[h.dtype])
     load().layer_norm_backward(
         0 if dx is None else dx.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),

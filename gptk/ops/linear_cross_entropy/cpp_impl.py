@@ -28,9 +28,10 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
 
 
 def chunk_rows(V: int) -> int:
-    """Rows whose logits exist at once: 4M logits, but at least 256 rows, so that reading the weight
-    and adding to its gradient, once per chunk, stay cheap beside the products."""
-    return max(256, 2**22 // V)
+    """Rows whose logits exist at once: 4M logits, but at least 256 rows and up to 32M logits
+    (128 MiB) even 512, so that reading the weight and adding to its gradient, once per chunk, stay
+    cheap beside the products."""
+    return max(2**22 // V, min(512, max(256, 2**25 // V)))
 
 
 def forward(
@@ -118,9 +119,7 @@ class _Chunks:
         self.weight = weight if self.own else weight.to(self.acc)  # (V, C)
         self.bias = bias if self.own or bias is None else bias.to(self.acc)
         self.needs, self.first = needs, True
-        self.dx = (
-            torch.empty(x.shape, dtype=x.dtype if self.own else self.acc) if needs[0] else None
-        )
+        self.dx = empty(x.shape, x.dtype if self.own else self.acc) if needs[0] else None
         self.dweight = empty(tuple(weight.shape), self.acc) if needs[1] else None
         self.dbias: Tensor | None = None
 
