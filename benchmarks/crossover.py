@@ -4,7 +4,7 @@ For each op, cases from tiny to GPT-2's width run forward and backward by PyTorc
 gptk's torch backend (what `auto` takes below the crossover) and by the backend, interleaved. A row
 per case gives the median times; the last line of an op the fewest elements from which the backend
 never loses to gptk's torch by more than the noise (5 %).
-Run on an idle machine: python benchmarks/crossover.py [--backend cpp]
+Run on an idle machine: python benchmarks/crossover.py [OP ...] [--backend cpp]
 """
 
 import argparse
@@ -121,11 +121,13 @@ def times(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ops = ["layer_norm", "gelu", "linear", "mlp", "cross_entropy", "linear_cross_entropy"]
+    ops.append("attention")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"default all: {', '.join(ops)}")
     parser.add_argument("--backend", default="cpp")
     parser.add_argument("--repeats", type=int, default=60)
     options = parser.parse_args()
-    ops = ("layer_norm", "gelu", "linear", "mlp", "cross_entropy", "linear_cross_entropy")
-    for op in (*ops, "attention"):
+    for op in options.ops or ops:
         least = 0
         for rows, cols in SIZES:
             elements, micros = times(op, rows, cols, options.backend, options.repeats)

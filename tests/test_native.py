@@ -284,6 +284,7 @@ def test_every_output_element_is_written_and_nothing_beside_it(shape, dtype, mon
         guarded.append((memory, count))
         return memory[GUARD : GUARD + count].view(size)
 
+    native.release_workspaces()
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", lambda t: empty(t.shape, dtype=t.dtype))
     x, dy, w = torch.randn(M, N).to(dtype), torch.randn(M, N).to(dtype), torch.ones(N, dtype=dtype)
@@ -304,6 +305,7 @@ def test_every_output_element_is_written_and_nothing_beside_it(shape, dtype, mon
     for memory, count in guarded:
         assert memory[:GUARD].isnan().all()
         assert memory[GUARD + count :].isnan().all()
+    native.release_workspaces()
 
 
 @needs_extension

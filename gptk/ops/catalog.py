@@ -71,13 +71,14 @@ OPS = tuple(dict.fromkeys(row.op for row in CATALOG))
 ROWS = {(row.op, row.backend): row for row in CATALOG}
 
 CROSSOVER: dict[tuple[str, str, str], int] = {
-    ("layer_norm", "cpp", "cpu"): 786_433,
-    ("linear", "cpp", "cpu"): 65_537,
+    ("layer_norm", "cpp", "cpu"): 294_913,
+    ("linear", "cpp", "cpu"): 16_385,
     ("mlp", "cpp", "cpu"): 17,
-    ("cross_entropy", "cpp", "cpu"): 65_537,
+    ("cross_entropy", "cpp", "cpu"): 294_913,
+    ("linear_cross_entropy", "cpp", "cpu"): 65_537,
 }
 """(op, backend, device type) -> the fewest elements of the input from which that backend beats
 torch; `auto` takes torch below it. An absent entry means from one element up: the rest wins at
-every size, or (linear_cross_entropy, 1.2 to 1.4 times as long) is there for its memory.
-Measured by benchmarks/crossover.py: fp32, forward and backward, 2 cores with AVX2. With dropout
-the kernel always wins: the reference draws its masks in 64-bit integer arithmetic."""
+every size. Measured by benchmarks/crossover.py: fp32, forward and backward, 2 cores with AVX-512
+BF16. With dropout the kernel always wins: the reference draws its masks in 64-bit integer
+arithmetic."""

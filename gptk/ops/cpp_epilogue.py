@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gptk.native import ACC, ACTIVATION, DTYPE, alive, empty, load, row_groups, threads
+from gptk.native import ACC, ACTIVATION, DTYPE, alive, empty, load, row_groups, threads, workspace
 from gptk.ops.cpp_product import FEW_ROWS, owns, product, product_dtype
 
 
@@ -92,7 +92,7 @@ def activate_backward(
     dbias = partial = None
     if bias_dtype is not None:
         dbias = empty(N, bias_dtype)
-        partial = empty((groups, N), ACC[dy.dtype])
+        partial = workspace("sums over rows", groups * N, ACC[dy.dtype])
     load().activation_backward(
         dpre.data_ptr(),
         0 if y is None else y.data_ptr(),
@@ -119,7 +119,7 @@ def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
     M, N = dy.shape
     groups = row_groups(M)
     total = empty(N, dtype)
-    partial = empty((groups, N), ACC[dy.dtype])
+    partial = workspace("sums over rows", groups * N, ACC[dy.dtype])
     load().activation_backward(
         0,  # dpre
         0,  # y

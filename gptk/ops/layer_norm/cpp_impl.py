@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptk.native import ACC, DTYPE, MASK64, alive, empty, load, row_groups, threads
+from gptk.native import ACC, DTYPE, MASK64, alive, empty, load, row_groups, threads, workspace
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -86,7 +86,7 @@ def backward(
     dbias = empty(N, weight_dtype) if need_dbias else None
     partial = None
     if need_dweight or need_dbias:
-        partial = empty((2, groups, N), ACC[h.dtype])
+        partial = workspace("sums over rows", 2 * groups * N, ACC[h.dtype])
     load().layer_norm_backward(
         0 if dx is None else dx.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),
