@@ -229,3 +229,35 @@ def test_a_readme_without_its_markers_is_refused(folder):
 def test_numbers_have_three_digits_and_no_exponent():
     given = {0.01234: "0.0123", 1.5: "1.50", 24.04: "24.0", 2412.3: "2,412", 0.0: "0"}
     assert {x: results_table.number(x) for x in given} == given
+
+
+# ---- a stored training run ------------------------------------------------------------------
+
+
+def test_a_training_run_is_stored_without_the_paths_of_its_machine(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"data": {"data": "/home/me/plays.txt"}, "run": {"out": str(run), "seed": 1}}
+    (run / "config.json").write_text(json.dumps(config))
+    lines = [{"step": 0, "val_loss": 4.00001, "bits_per_byte": 5.5}]
+    lines += [{"step": n, "loss": float(n), "ms": 500.0} for n in range(1, 26)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (run / "loss.png").write_bytes(b"a picture")
+    folder = tmp_path / "results"
+    script = ROOT / "benchmarks" / "store_run.py"
+    subprocess.run([sys.executable, script, run, folder], check=True, cwd=ROOT)
+    text = (folder / "curve.json").read_text()
+    stored_run = json.loads(text)
+    assert str(tmp_path) not in text
+    assert stored_run["config"]["data"]["data"] == "plays.txt"
+    assert stored_run["validation"] == [{"step": 0, "loss": 4.0, "bits_per_byte": 5.5}]
+    assert stored_run["training"] == [[10, 5.5], [20, 15.5]]
+    assert stored_run["seconds_in_steps"] == 12.5
+    assert (folder / "loss.png").read_bytes() == b"a picture"
+
+
+def test_the_committed_run_reached_what_the_readme_says():
+    path = ROOT / "benchmarks" / "results" / "shakespeare" / "curve.json"
+    best = min(json.loads(path.read_text())["validation"], key=lambda one: one["loss"])
+    assert f"{best['loss']:.3f}" in README
+    assert best["loss"] <= 1.5
