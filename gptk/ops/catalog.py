@@ -80,5 +80,5 @@ CROSSOVER: dict[tuple[str, str, str], int] = {
 """(op, backend, device type) -> the fewest elements of the input from which that backend beats
 torch; `auto` takes torch below it. An absent entry means from one element up: the rest wins at
 every size. Measured by benchmarks/crossover.py: fp32, forward and backward, 2 cores with AVX-512
-BF16 (linear_cross_entropy: above the suite's case "char", which torch wins). With dropout the kernel always wins: the reference draws its masks in 64-bit integer
-arithmetic."""
+BF16 (linear_cross_entropy: above the suite's case "char", which torch wins). With dropout the
+kernel always wins: the reference draws its masks in 64-bit integer arithmetic."""
