@@ -237,7 +237,7 @@ def test_numbers_have_three_digits_and_no_exponent():
 def test_a_training_run_is_stored_without_the_paths_of_its_machine(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    config = {"data": {"data": "/home/me/plays.txt"}, "run": {"out": str(run), "seed": 1}}
+    config = {"data": {"data": str(tmp_path / "plays.txt")}, "run": {"out": str(run), "seed": 1}}
     (run / "config.json").write_text(json.dumps(config))
     lines = [{"step": 0, "val_loss": 4.00001, "bits_per_byte": 5.5}]
     lines += [{"step": n, "loss": float(n), "ms": 500.0} for n in range(1, 26)]
