@@ -101,9 +101,9 @@ def measure(step: Step, steps: int = 10) -> Breakdown:
     kept = timed[steps // 4 : steps - steps // 4]
     totals: Tally = {}
     for _, tally in kept:
-        for name, counts in tally.items():
+        for name, (seconds, calls, flops) in tally.items():
             before = totals.get(name, (0.0, 0, 0.0))
-            totals[name] = tuple(map(sum, zip(before, counts, strict=True)))  # type: ignore[assignment]
+            totals[name] = (before[0] + seconds, before[1] + calls, before[2] + flops)
     n = len(kept)
     return Breakdown(
         steps,

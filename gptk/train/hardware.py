@@ -101,8 +101,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees (glibc; elsewhere nothing happens).
 
     A training step frees and takes the same memory again and again. By default glibc hands large
-    blocks back to the system, and every page comes back as a fault, zeroed: measured 0.1 to 0.3 s
-    of a 2.4 s step of GPT-2 124M on two cores, and 1.6 s of PyTorch's 4.1 s.
+    blocks back to the system, and every page comes back as a fault, zeroed.
     """
     mmap_max, top_pad, trim_threshold = -4, -2, -1  # malloc.h
     try:
