@@ -30,8 +30,8 @@ struct GeluErf {
                         ? A(13)
                         : A(38);  // P(Z > limit) is just above the smallest number
     const Vec<A> inside = clamp<A>(x, limit);
-    const Vec<A> density = exp(inside * inside * A(-0.5));
-    const Vec<A> tail = normal_tail(select(inside < 0, -inside, inside), density);
+    const Vec<A> density = exp_flush(inside * inside * A(-0.5));  // of float, above 2^-122
+    const Vec<A> tail = normal_tail(max(inside, -inside), density);
     const Vec<A> cdf = select(inside < 0, tail, 1 - tail);
     const Vec<A> slope = fma(inside * A(0.398942280401432677940), density, cdf);
     return {select(x < -limit, zero<A>(), x * cdf), select(x < -limit, zero<A>(), slope)};

@@ -67,7 +67,7 @@ GPTK_INLINE VecD reciprocal(VecD x) { return 1.0 / x; }
 // P(Z > x) = erfc(x / sqrt 2) / 2 for x >= 0, given density = exp(-x^2 / 2).
 // float: density * k Q(k), k = 1 / (1 + x / 4); relative error below 3e-7.
 GPTK_INLINE VecF normal_tail(VecF x, VecF density) {
-  VecF k = 1.0f / fma(x, broadcast(0.25f), broadcast(1.0f));
+  VecF k = reciprocal(fma(x, broadcast(0.25f), broadcast(1.0f)));
   VecF q = broadcast(0.02980736043f);
   q = fma(q, k, broadcast(-0.1727586022f));
   q = fma(q, k, broadcast(0.3375926862f));
