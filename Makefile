@@ -24,13 +24,14 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean FORCE
+.PHONY: help train test lint bench aot clean FORCE
 
 help:
 	@echo 'make train   train the default model on this machine, then print a sample; TRAIN_ARGS= adds flags'
 	@echo 'make test    run the tests; TEST_ARGS= adds arguments for pytest'
 	@echo 'make lint    ruff, mypy, import-linter, clang-format'
 	@echo 'make bench   time ops and training steps against PyTorch; BENCH_ARGS= adds arguments'
+	@echo 'make aot     compile every Triton kernel for sm_80, sm_90, sm_100 and store what each needs'
 	@echo 'make clean   remove .venv and what was built; runs/ stays'
 	@echo 'PYTHON=$(PYTHON) and WORKERS=$(WORKERS) (test processes) can be changed in the same way'
 
@@ -50,6 +51,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@$(BIN)/gptk bench $(BENCH_ARGS)
+
+aot: $(VENV)/.installed-dev
+	@$(BIN)/python -m gptk.aot --json benchmarks/results/aot.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Triton kernels compiled ahead of time, for GPUs that need not be there: what each one needs."""

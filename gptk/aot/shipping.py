@@ -1,0 +1,151 @@
+"""The configurations that ship: launches of every Triton kernel at the sizes people train at.
+
+A case is a name and a function that launches kernels through an op's own forward and backward.
+Sizes that choose a configuration (head size, row width, vocabulary, dtype, flags) are real ones;
+the number of rows, which chooses nothing, is small.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SEED = 2**40 + 77
+Launches = Callable[[], object]
+
+
+def cases() -> dict[str, Launches]:
+    """Name -> launches, all of them; names start with the op."""
+    found: dict[str, Launches] = {}
+    for part in (_attention(), _layer_norm(), _gelu(), _linear(), _cross_entropy(), _adamw()):
+        found |= dict(part)
+    return found
+
+
+Named = Iterator[tuple[str, Launches]]
+
+
+def _attention() -> Named:
+    plain = {"causal": True, "dropout_p": 0.0, "window": None, "group": 1}
+    variants = {
+        "causal": plain,
+        "causal dropout": {**plain, "dropout_p": 0.1},
+        "full": {**plain, "causal": False},
+        "window, 4 heads share k, v": {**plain, "window": 1024, "group": 4},
+    }
+    for D in (64, 128, 256):
+        for name, variant in variants.items():
+            for dtype in SHORT:
+                if dtype is torch.bfloat16 or (name.startswith("causal") and D * dtype.itemsize < 1024):
+                    yield f"attention D {D} {name} {SHORT[dtype]}", partial(_attend, D, dtype, **variant)
+
+
+def _attend(
+    D: int, dtype: torch.dtype, causal: bool, dropout_p: float, window: int | None, group: int
+) -> None:
+    from gptk.ops.attention import triton_impl as attention
+
+    T = 64 if window is None else 2 * window
+    q = torch.zeros((1, T, 4, D), dtype=dtype).transpose(1, 2)
+    k = torch.zeros((1, T, 4 // group, D), dtype=dtype).transpose(1, 2)
+    options = (causal, D**-0.5, dropout_p, SEED, window)
+    out, lse = attention.forward(q, k, k, *options)
+    attention.backward(out, q, k, k, out, lse, *options, (True, True, True))
+
+
+def _layer_norm() -> Named:
+    for N in (128, 768, 1600, 4096, 8192, 65536):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield f"layer_norm N {N} {SHORT[dtype]}", partial(_normalise, N, dtype, False, 0.0)
+            name = f"layer_norm N {N} residual dropout {SHORT[dtype]}"
+            yield name, partial(_normalise, N, dtype, True, 0.1)
+
+
+def _normalise(N: int, dtype: torch.dtype, residual: bool, dropout_p: float) -> None:
+    from gptk.ops.layer_norm import triton_impl as layer_norm
+
+    x, w = torch.zeros((4, N), dtype=dtype), torch.ones(N)
+    added = x if residual else None
+    y, h, mean, rstd = layer_norm.forward(x, w, w, 1e-5, added, dropout_p, SEED)
+    kept = x if h is None else h
+    layer_norm.backward(
+        y, h, kept, w, mean, rstd, dtype, dtype if residual else None, dropout_p, SEED,
+        (True, residual, True, True),
+    )  # fmt: skip
+
+
+def _gelu() -> Named:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for approximate in ("none", "tanh"):
+            yield f"gelu {approximate} {SHORT[dtype]}", partial(_activate, dtype, approximate)
+
+
+def _activate(dtype: torch.dtype, approximate: str) -> None:
+    from gptk.ops.gelu import triton_impl as gelu
+
+    x = torch.zeros(4096, dtype=dtype)
+    gelu.backward(gelu.forward(x, approximate), x, approximate)
+
+
+def _linear() -> Named:
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"linear gelu N 3072 {SHORT[dtype]}", partial(_epilogue, dtype, "gelu", False)
+        yield f"linear N 3072 {SHORT[dtype]}", partial(_epilogue, dtype, None, False)
+        yield f"mlp gelu N 3072 {SHORT[dtype]}", partial(_epilogue, dtype, "gelu", True)
+        yield f"mlp gelu_tanh N 3072 {SHORT[dtype]}", partial(_epilogue, dtype, "gelu_tanh", True)
+
+
+def _epilogue(dtype: torch.dtype, activation: str | None, need_y: bool) -> None:
+    from gptk.ops.linear import triton_impl as linear
+
+    dy = torch.zeros((8, 3072), dtype=dtype)
+    linear.activation_backward(dy, dy, activation, torch.float32, need_y)
+
+
+def _cross_entropy() -> Named:
+    for V in (256, 50304, 128256):
+        for dtype in (torch.bfloat16, torch.float32):
+            for smoothing in (0.0, 0.1):
+                name = f"cross_entropy V {V}{' smoothing' if smoothing else ''} {SHORT[dtype]}"
+                yield name, partial(_class_loss, V, dtype, smoothing)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"linear_cross_entropy V 50304 {SHORT[dtype]}", partial(_linear_loss, dtype)
+
+
+def _class_loss(V: int, dtype: torch.dtype, smoothing: float) -> None:
+    from gptk.ops.cross_entropy import triton_impl as cross_entropy
+
+    logits, target = torch.zeros((2, V), dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    loss, lse = cross_entropy.forward(logits, target, -100, smoothing)
+    cross_entropy.backward(loss, logits, target, lse, -100, smoothing)
+
+
+def _linear_loss(dtype: torch.dtype) -> None:
+    from gptk.ops.linear_cross_entropy import triton_impl as linear_cross_entropy
+
+    x, target = torch.zeros((2, 64), dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    w = torch.zeros((50304, 64), dtype=dtype)
+    loss, lse = linear_cross_entropy.forward(x, w, None, target, -100, 0.0)
+    linear_cross_entropy.backward(
+        loss, x, w, None, target, lse, -100, 0.0, torch.float32, None, (True, True, False)
+    )
+
+
+def _adamw() -> Named:
+    for dtype, master in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
+        name = f"adamw {SHORT[dtype]}{' with fp32 masters' if master else ''}"
+        yield name, partial(_update, dtype, master)
+
+
+def _update(dtype: torch.dtype, master: bool) -> None:
+    from gptk.ops.adamw import triton_impl as adamw
+
+    p = torch.zeros(4096, dtype=dtype)
+    wide = torch.zeros(4096)
+    norm = adamw.norm([p])
+    skip = torch.zeros(())
+    adamw.update(
+        [p], [p], [wide], [wide], [wide if master else None], [torch.zeros(())], [1e-3], [0.1],
+        0.9, 0.95, 1e-8, norm, skip,
+    )  # fmt: skip
