@@ -143,19 +143,20 @@ PYBIND11_MODULE(_C, m) {
   {
     using A = gptk_attention_forward_args;
     bind(m, "attention_forward", gptk_attention_forward, &A::out, &A::lse, &A::scratch, &A::q,
-         &A::k, &A::v, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk, &A::D, &A::Dv, &A::q_b, &A::q_h,
-         &A::q_t, &A::k_b, &A::k_h, &A::k_t, &A::v_b, &A::v_h, &A::v_t, &A::window, &A::scale,
-         &A::dropout_p, &A::seed, &A::causal, &A::dtype, &A::threads);
+         &A::k, &A::v, &A::key_low, &A::key_high, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk, &A::D,
+         &A::Dv, &A::q_b, &A::q_h, &A::q_t, &A::k_b, &A::k_h, &A::k_t, &A::v_b, &A::v_h, &A::v_t,
+         &A::window, &A::scale, &A::dropout_p, &A::seed, &A::causal, &A::dtype, &A::threads);
     m.def("attention_forward_scratch", &gptk::attention_plan::attention_forward_scratch);
   }
   {
     using A = gptk_attention_backward_args;
     bind(m, "attention_backward", gptk_attention_backward, &A::dq, &A::dk, &A::dv, &A::scratch,
-         &A::dout, &A::q, &A::k, &A::v, &A::out, &A::lse, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk,
-         &A::D, &A::Dv, &A::dq_b, &A::dq_h, &A::dq_t, &A::dk_b, &A::dk_h, &A::dk_t, &A::dv_b,
-         &A::dv_h, &A::dv_t, &A::dout_b, &A::dout_h, &A::dout_t, &A::q_b, &A::q_h, &A::q_t, &A::k_b,
-         &A::k_h, &A::k_t, &A::v_b, &A::v_h, &A::v_t, &A::out_b, &A::out_h, &A::out_t, &A::window,
-         &A::scale, &A::dropout_p, &A::seed, &A::causal, &A::dtype, &A::threads);
+         &A::dout, &A::q, &A::k, &A::v, &A::out, &A::lse, &A::key_low, &A::key_high, &A::query_low,
+         &A::query_high, &A::B, &A::H, &A::Hkv, &A::Tq, &A::Tk, &A::D, &A::Dv, &A::dq_b, &A::dq_h,
+         &A::dq_t, &A::dk_b, &A::dk_h, &A::dk_t, &A::dv_b, &A::dv_h, &A::dv_t, &A::dout_b,
+         &A::dout_h, &A::dout_t, &A::q_b, &A::q_h, &A::q_t, &A::k_b, &A::k_h, &A::k_t, &A::v_b,
+         &A::v_h, &A::v_t, &A::out_b, &A::out_h, &A::out_t, &A::window, &A::scale, &A::dropout_p,
+         &A::seed, &A::causal, &A::dtype, &A::threads);
     m.def("attention_backward_scratch", &gptk::attention_plan::attention_backward_scratch);
   }
   {

@@ -42,13 +42,20 @@ const Kernels* kernels = &table.levels[table.count - 1];
 // Floating-point operations of the matrix products in a call; the other kernels move bytes.
 template <typename Args> double flops(const Args&) { return 0; }
 double flops(const gptk_gemm_args& a) { return 2.0 * a.M * a.N * a.K; }
-// q k^T and p v; half of it where causal
+// Scores of one head: half of them where causal, those in the ranges where there are any.
+template <typename Args> double scores(const Args& a) {
+  if (!a.key_low) return static_cast<double>(a.Tq) * a.Tk / (a.causal ? 2 : 1);
+  double seen = 0;
+  for (int64_t i = 0; i < a.Tq; i++) seen += a.key_high[i] - a.key_low[i];
+  return seen;
+}
+// q k^T and p v
 double flops(const gptk_attention_forward_args& a) {
-  return 2.0 * a.B * a.H * a.Tq * a.Tk * (a.D + a.Dv) / (a.causal ? 2 : 1);
+  return 2.0 * a.B * a.H * scores(a) * (a.D + a.Dv);
 }
 // q k^T once more, dq, dk, then p and dv
 double flops(const gptk_attention_backward_args& a) {
-  return 2.0 * a.B * a.H * a.Tq * a.Tk * (3 * a.D + 2 * a.Dv) / (a.causal ? 2 : 1);
+  return 2.0 * a.B * a.H * scores(a) * (3 * a.D + 2 * a.Dv);
 }
 
 bool counting = false;

@@ -137,7 +137,10 @@ struct gptk_cross_entropy_backward_args {
 /* out = dropout(softmax(scale q k^T, masked)) v, never storing Tq x Tk. Query head h reads key head
     h / (H / Hkv). causal: query i sees keys j <= i + Tk - Tq; window > 0: only the last `window` of
     those. A row without keys: out 0, lse -inf. Dropout row (b * H + h) * Tq + i, column j.
-    q, k, v: columns adjacent, strides <x>_b, <x>_h, <x>_t. */
+    q, k, v: columns adjacent, strides <x>_b, <x>_h, <x>_t.
+    Ranges (packed documents), for every batch entry: query i sees keys key_low[i] <= j <
+    key_high[i], and key j is seen by queries query_low[j] <= i < query_high[j]; causal and window
+    are then not read. 0 <= low <= high, high at most Tk (Tq), neither ever falls. */
 struct gptk_attention_forward_args {
   void* out;     /* (B, Tq, H, Dv) dtype */
   void* lse;     /* (B, H, Tq) acc: log of the sum of exponentials, before dropout */
@@ -145,6 +148,7 @@ struct gptk_attention_forward_args {
   const void* q; /* (B, H, Tq, D) dtype */
   const void* k; /* (B, Hkv, Tk, D) dtype */
   const void* v; /* (B, Hkv, Tk, Dv) dtype */
+  const int32_t *key_low, *key_high; /* (Tq,), or both NULL */
   int64_t B, H, Hkv, Tq, Tk, D, Dv;
   int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t;
   int64_t window; /* 0: none */
@@ -165,6 +169,8 @@ struct gptk_attention_backward_args {
   const void* v;    /* (B, Hkv, Tk, Dv) dtype */
   const void* out;  /* (B, H, Tq, Dv) dtype */
   const void* lse;  /* (B, H, Tq) acc */
+  const int32_t *key_low, *key_high;     /* (Tq,), or both NULL */
+  const int32_t *query_low, *query_high; /* (Tk,), NULL where key_low is */
   int64_t B, H, Hkv, Tq, Tk, D, Dv;
   int64_t dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t;
   int64_t dout_b, dout_h, dout_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t;

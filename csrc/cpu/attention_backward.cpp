@@ -250,6 +250,7 @@ void backward_item(const Args& a, int64_t b, int64_t kv_head, int64_t key_begin,
       for (int64_t query0 = seen.begin; query0 < seen.end; query0 += QUERIES) {
         const Tile t = {
             b, kv_head * group + g, key0, keys, query0, smaller(QUERIES, seen.end - query0)};
+        if (!see.any(t.query0, t.queries, key0, keys)) continue;
         const bool finite = pack_queries<T>(a, t, s) && k_finite;
         scores_backward(a, t, see, dropout, s);
         add_gradients(a, t, see, finite, s, dq + (g * a.Tq + query0) * s.ldd);

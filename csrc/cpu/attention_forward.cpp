@@ -142,6 +142,7 @@ void forward_item(const Args& a, int64_t b, int64_t h, int64_t query0, int64_t q
                           see.keys(query0 + queries - 1).end};
   for (int64_t key0 = all_keys.begin; key0 < all_keys.end; key0 += FORWARD_KEYS) {
     const int64_t keys = smaller(FORWARD_KEYS, all_keys.end - key0);
+    if (!see.any(query0, queries, key0, keys)) continue;
     pack_rows(k + key0 * a.k_t, a.k_t, keys, a.D, s.k);
     const bool finite = pack_panels(v + key0 * a.v_t, a.v_t, keys, a.Dv, s.v);
     for (int64_t r = 0; r < queries; r += PANEL) {

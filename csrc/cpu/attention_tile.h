@@ -7,6 +7,7 @@
 
 #include "attention_plan.h"
 #include "gemm_tile.h"
+#include "gptk.h"
 #include "philox_vec.h"
 
 namespace gptk {
@@ -14,26 +15,45 @@ namespace GPTK_ISA {
 namespace {
 
 // A sliding window needs causal attention. Both ranges are empty or inside the tensor; their ends
-// grow with the query (the key).
+// grow with the query (the key). Where ranges are given, they say it all.
 struct Visibility {
   int64_t Tq, Tk, offset;  // offset = Tk - Tq: causal attention is aligned bottom-right
   int64_t window;          // 0: none
   bool causal;
+  const int32_t *key_low, *key_high;      // (Tq,) or NULL
+  const int32_t *query_low, *query_high;  // (Tk,) or NULL
 
   GPTK_INLINE Range keys(int64_t query) const {
+    if (key_low)  // a panel may reach past the last query
+      return query < Tq ? Range{key_low[query], key_high[query]} : Range{0, 0};
     if (!causal) return {0, Tk};
     const int64_t end = larger(0, query + offset + 1);
     return {window ? larger(0, end - window) : 0, end};
   }
   GPTK_INLINE Range queries(int64_t key) const {
+    if (query_low) return {query_low[key], query_high[key]};
     if (!causal) return {0, Tq};
     const int64_t begin = larger(0, key - offset);
     return {begin, window ? smaller(Tq, key - offset + window) : Tq};
   }
+  // Whether one of the queries sees one of the keys, for keys between the first that the first
+  // query sees and the last that the last one sees: the keys of a document without queries lie
+  // there and are seen by none.
+  GPTK_INLINE bool any(int64_t query0, int64_t queries, int64_t key0, int64_t keys) const {
+    if (!key_low) return true;
+    for (int64_t i = query0; i < query0 + queries; i++)
+      if (larger(key_low[i], key0) < smaller(key_high[i], key0 + keys)) return true;
+    return false;
+  }
 };
 
-template <typename Args> Visibility visibility(const Args& a) {
-  return {a.Tq, a.Tk, a.Tk - a.Tq, a.window, a.causal != 0};
+inline Visibility visibility(const gptk_attention_forward_args& a) {
+  return {a.Tq,      a.Tk,       a.Tk - a.Tq, a.window, a.causal != 0,
+          a.key_low, a.key_high, nullptr,     nullptr};
+}
+inline Visibility visibility(const gptk_attention_backward_args& a) {
+  return {a.Tq,      a.Tk,       a.Tk - a.Tq, a.window,    a.causal != 0,
+          a.key_low, a.key_high, a.query_low, a.query_high};
 }
 
 // A tile of scores: keys [keys.begin, keys.end) of those from key0 on, for one panel of queries.

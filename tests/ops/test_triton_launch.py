@@ -187,6 +187,7 @@ def compile_launches(arch):
     from triton.runtime import driver
 
     from gptk.ops.attention import triton_backward, triton_impl
+    from gptk.ops.attention.ranges import ranges
     from gptk.ops.layer_norm import triton_backward as norm_backward
     from gptk.ops.layer_norm import triton_impl as norm
 
@@ -215,6 +216,9 @@ def compile_launches(arch):
     options = (True, 0.125, 0.1 if arch == 90 else 0.0, torch.tensor(7), None)
     out, lse = triton_impl.forward(q, k, v, *options)
     triton_backward.backward(out, q, k, v, out, lse, *options, (True, True, True))
+    packed = ranges((torch.tensor([0, 9, 40]),) * 2, 40, 40, True, None)
+    out, lse = triton_impl.forward(q, k, v, *options, packed)
+    triton_backward.backward(out, q, k, v, out, lse, *options, (True,) * 3, ranges=packed)
     for N in (768, 20000):
         x, w = torch.zeros(2, N, dtype=torch.bfloat16), torch.ones(N)
         y, h, mean, rstd = norm.forward(x, w, w, 1e-5, x, 0.1, 7)
@@ -233,11 +237,15 @@ def test_compiles_for_a_gpu(arch, tmp_path):
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     names = [kernel["name"] for kernel in found]
-    assert names == [
+    attention = [
         "_attention_forward_kernel",
         "attention_delta_kernel",
         "attention_dq_kernel",
         "attention_dkdv_kernel",
+    ]
+    assert names == [
+        *attention,
+        *attention,  # of packed documents
         "_layer_norm_forward_kernel",
         "_layer_norm_backward_kernel",
         "_layer_norm_reduce_kernel",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptk.ops.attention.ranges import Ranges, offsets, ranges
 from gptk.ops.contract import (
     autocast_dtype,
     is_reference,
@@ -29,6 +30,8 @@ def attention(
     seed: Seed | None = None,
     enable_gqa: bool = False,
     window: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y = dropout(softmax(scale * q k^T)) v over the keys that each query sees.
@@ -40,6 +43,12 @@ def attention(
         dropout_p, seed: mask row (b * H + h) * Tq + i, column j; None draws a seed.
         enable_gqa: allow Hkv < H (H % Hkv == 0).
         window: with causal, query i sees its last `window` keys only.
+        cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 or int64, on the query's device: where
+            the documents that are packed along Tq and Tk (B = 1) begin, from 0 to the length. A
+            query sees its own document's keys, with causal and window aligned in the document; a
+            document may be empty. cu_seqlens_k is cu_seqlens_q by default, where Tq = Tk. The mask
+            of dropout counts packed rows and columns. On a GPU the values are not checked, which
+            would wait for it: wrong ones are clamped to rise from 0 to the length.
         backend: auto, torch, triton or cpp.
 
     Returns: (B, H, Tq, Dv); rows without keys are 0 and have gradient 0.
@@ -49,6 +58,7 @@ def attention(
     Reference: Dao 2023, https://arxiv.org/abs/2307.08691.
     """
     _check(query, key, value, causal, window, enable_gqa)
+    documents = offsets(query, key, cu_seqlens_q, cu_seqlens_k)
     cast = autocast_dtype(query)
     if check_probability(dropout_p) and seed is None:
         seed = draw_seed()
@@ -60,8 +70,12 @@ def attention(
     if is_reference(impl) or 0 in (query.numel(), key.numel(), value.numel()):
         from gptk.ops.attention.reference import attention as definition
 
-        return definition(query, key, value, causal, scale, dropout_p, seed, window)
-    return AttentionFunction.apply(impl, query, key, value, causal, scale, dropout_p, seed, window)
+        return definition(query, key, value, causal, scale, dropout_p, seed, window, documents)
+    seen = None
+    if documents is not None:
+        seen = ranges(documents, query.shape[2], key.shape[2], causal, window)
+    options = (causal, scale, dropout_p, seed, window)
+    return AttentionFunction.apply(impl, query, key, value, seen, *options)
 
 
 def _check(
@@ -85,16 +99,22 @@ def _last_dim_dense(t: Tensor) -> Tensor:
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Saves q, k, v, the output and the log-sum-exp of each row."""
+    """Saves q, k, v, the output, the log-sum-exp of each row and, of documents, the ranges."""
 
     @staticmethod
     @outside_autocast
     def forward(
-        ctx: Any, impl: ModuleType, q: Tensor, k: Tensor, v: Tensor, *options: Any
+        ctx: Any,
+        impl: ModuleType,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seen: Ranges | None,
+        *options: Any,
     ) -> Tensor:
         q, k, v = _last_dim_dense(q), _last_dim_dense(k), _last_dim_dense(v)
-        out, lse = impl.forward(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = impl.forward(q, k, v, *options, seen)
+        ctx.save_for_backward(q, k, v, out, lse, *(seen or ()))
         ctx.impl, ctx.options = impl, options
         return out
 
@@ -103,5 +123,9 @@ class AttentionFunction(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, dout: Tensor) -> Any:
         needs = ctx.needs_input_grad[1:4]
-        grads = ctx.impl.backward(_last_dim_dense(dout), *ctx.saved_tensors, *ctx.options, needs)
-        return None, *grads, None, None, None, None, None
+        q, k, v, out, lse, *seen = ctx.saved_tensors
+        grads = ctx.impl.backward(
+            _last_dim_dense(dout), q, k, v, out, lse, *ctx.options, needs,
+            ranges=Ranges(*seen) if seen else None,
+        )  # fmt: skip
+        return None, *grads, None, None, None, None, None, None

@@ -1,5 +1,6 @@
 """Cases of attention: what tests, benchmarks and `verify` run."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ CASES: dict[str, dict[str, Any]] = {
     "window": dict(B=1, H=1, Tq=40, Tk=40, D=4, causal=True, window=6),
     "head_1_value_5": dict(B=2, H=3, Tq=6, Tk=11, D=1, Dv=5),
     "scale": dict(B=1, H=1, Tq=5, Tk=9, D=7, scale=1.0),
+    "packed": dict(B=1, H=2, Tq=35, Tk=35, D=8, causal=True, q_lengths=(7, 16, 0, 1, 11)),
+    "packed_full": dict(
+        B=1, H=2, Tq=21, Tk=26, D=8, Dv=5, q_lengths=(6, 0, 12, 3), k_lengths=(9, 4, 13, 0)
+    ),
+    "packed_cached": dict(
+        B=1,
+        H=3,
+        Hkv=1,
+        Tq=20,
+        Tk=45,
+        D=8,
+        causal=True,
+        window=5,
+        dropout_p=0.25,
+        q_lengths=(3, 0, 9, 6, 2),
+        k_lengths=(19, 5, 9, 2, 10),
+    ),
 }
 BENCH: dict[str, dict[str, Any]] = {
     "nano": dict(B=12, H=4, Tq=64, Tk=64, D=32, causal=True),
@@ -39,11 +57,19 @@ def inputs(
     scale: float | None = None,
     dropout_p: float = 0.0,
     window: int | None = None,
+    q_lengths: tuple[int, ...] | None = None,
+    k_lengths: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of attention."""
+    """Keyword arguments of attention; the lengths are those of packed documents."""
     heads = Hkv or H
-    return {
+    lengths = {"cu_seqlens_q": q_lengths, "cu_seqlens_k": k_lengths}
+    packed = {
+        name: torch.tensor([0, *accumulate(each)], dtype=torch.int32)
+        for name, each in lengths.items()
+        if each is not None
+    }
+    return packed | {
         "query": normal((B, H, Tq, D), dtype, seed),
         "key": normal((B, heads, Tk, D), dtype, seed + 1),
         "value": normal((B, heads, Tk, Dv or D), dtype, seed + 2),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gptk.native import ACC, DTYPE, MASK64, alive, empty, load, threads
+from gptk.ops.attention.ranges import Ranges
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -20,8 +21,12 @@ def forward(
     dropout_p: float,
     seed: int | Tensor,
     window: int | None,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse): out (B, H, Tq, Dv) in (B, Tq, H, Dv) memory, lse (B, H, Tq)."""
+    """(out, lse): out (B, H, Tq, Dv) in (B, Tq, H, Dv) memory, lse (B, H, Tq).
+
+    `ranges`, where given, say who sees whom in place of causal and window.
+    """
     B, H, Tq, D = q.shape
     Hkv, Tk, Dv = v.shape[1:]
     dtype, extension, n_threads = q.dtype, load(), threads()
@@ -36,6 +41,7 @@ def forward(
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
+        *_addresses(ranges)[:2],
         B,
         H,
         Hkv,
@@ -54,7 +60,7 @@ def forward(
         DTYPE[dtype],
         n_threads,
     )
-    alive(q, k, v, scratch)
+    alive(q, k, v, scratch, *(ranges or ()))
     return out, lse
 
 
@@ -72,6 +78,7 @@ def backward(
     window: int | None,
     needs: tuple[bool, bool, bool],
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv): `into`, or each in (B, T, heads, columns) memory."""
     B, H, Tq, D = q.shape
@@ -96,6 +103,7 @@ def backward(
         v.data_ptr(),
         out.data_ptr(),
         lse.data_ptr(),
+        *_addresses(ranges),
         B,
         H,
         Hkv,
@@ -119,5 +127,9 @@ def backward(
         DTYPE[dtype],
         n_threads,
     )
-    alive(dout, q, k, v, out, lse, scratch)
+    alive(dout, q, k, v, out, lse, scratch, *(ranges or ()))
     return dq, dk, dv
+
+
+def _addresses(ranges: Ranges | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if ranges is None else tuple(t.data_ptr() for t in ranges)

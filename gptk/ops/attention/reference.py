@@ -6,12 +6,26 @@ from torch import Tensor
 from gptk.random import Seed, dropout
 
 
-def keep(Tq: int, Tk: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """(Tq, Tk) bool: which key each query sees; causal is aligned bottom-right."""
-    i = torch.arange(Tq, device=device)[:, None] + (Tk - Tq)
+def keep(
+    Tq: int,
+    Tk: int,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+    documents: tuple[Tensor, Tensor] | None = None,  # their offsets on either side
+) -> Tensor:
+    """(Tq, Tk) bool: which key each query sees; causal is aligned bottom-right in a document."""
+    i = torch.arange(Tq, device=device)[:, None]
     j = torch.arange(Tk, device=device)[None, :]
-    seen = (j <= i) if causal else torch.ones_like(j <= i)
-    return seen if window is None else seen & (j > i - window)
+    last = i + (Tk - Tq)  # the key that query i is aligned with
+    seen = torch.ones_like(j <= i)
+    if documents is not None:
+        cu_q, cu_k = documents
+        d, e = (torch.searchsorted(cu[1:], t, right=True) for cu, t in ((cu_q, i), (cu_k, j)))
+        last = i - cu_q[d + 1] + cu_k[d + 1]
+        seen = d == e
+    seen = seen & (j <= last) if causal else seen
+    return seen if window is None else seen & (j > last - window)
 
 
 def attention(
@@ -23,11 +37,12 @@ def attention(
     dropout_p: float = 0.0,
     seed: Seed = 0,
     window: int | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, Vaswani et al. 2017, https://arxiv.org/abs/1706.03762."""
     groups = query.shape[1] // max(key.shape[1], 1)
     key, value = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (key, value))
-    seen = keep(query.shape[2], key.shape[2], causal, window, query.device)
+    seen = keep(query.shape[2], key.shape[2], causal, window, query.device, documents)
     # a non-finite key or value is set to 0 and then reaches the rows that see it, no others
     bad_key, bad_value = ~key.isfinite().all(-1), ~value.isfinite()
     key, value = key.masked_fill(bad_key[..., None], 0.0), value.masked_fill(bad_value, 0.0)

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from gptk.ops.attention import triton_dkdv, triton_dq
+from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_dkdv import attention_dkdv_kernel
 from gptk.ops.attention.triton_dq import attention_delta_kernel, attention_dq_kernel
 from gptk.ops.triton_launch import dropout_arguments, launch, split_seed
@@ -30,9 +31,11 @@ def backward(
     window: int | None,
     needs: tuple[bool, bool, bool],
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) in the shapes and dtypes of q, k, v; None where `needs` says False. They are
-    `into`, if it is given (any strides, columns adjacent)."""
+    `into`, if it is given (any strides, columns adjacent). `ranges`, where given, say who sees
+    whom in place of causal and window."""
     B, H, Tq, D = q.shape
     Hkv, Tk, DV = v.shape[1:]
     width, itemsize = max(D, DV), q.element_size()
@@ -66,8 +69,9 @@ def backward(
         "GROUP": H // Hkv,
         "D": D,
         "DV": DV,
-        "CAUSAL": causal,
-        "HAS_WINDOW": window is not None,
+        "CAUSAL": causal and ranges is None,
+        "HAS_WINDOW": window is not None and ranges is None,
+        "HAS_RANGES": ranges is not None,
         "HAS_DROPOUT": dropout_p > 0.0,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": block_dv,
@@ -82,6 +86,7 @@ def backward(
             (triton.cdiv(Tq, block_q) * B * H,),
             q.device,
             *arguments,
+            *((None, None) if ranges is None else ranges[:2]),
             *(t.stride()[:3] for t in arguments[:5]),
             *scalars,
             BLOCK_Q=block_q,
@@ -101,6 +106,7 @@ def backward(
             (triton.cdiv(Tk, block_k) * B * Hkv,),
             q.device,
             *pointers,
+            *((None, None) if ranges is None else ranges[2:]),
             *(t.stride()[:3] for t in pointers[:6]),
             *scalars,
             BLOCK_Q=block_q,

@@ -13,9 +13,12 @@ from gptk.ops.attention.triton_tiles import (
     finite_or_zero,
     load_tile,
     masked_start,
+    others_of,
     queries_of,
     sees,
     store_tile,
+    touched,
+    within,
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
 from gptk.ops.triton_launch import narrow
@@ -45,6 +48,8 @@ def _dkdv_tile(
     start,
     key,
     start_k,
+    low,
+    high,
     head,
     q_stride,
     dout_stride,
@@ -60,6 +65,7 @@ def _dkdv_tile(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,7 +87,10 @@ def _dkdv_tile(
     s = dot(k, tl.trans(q), zero) * factor
     dp = dot(v, tl.trans(dout), zero)
     if MASKED:
-        seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+        if HAS_RANGES:
+            seen = within(low[:, None], high[:, None], query[None, :])
+        else:
+            seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         s = tl.where(seen, s, float("-inf"))
         lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
     p = tl.exp(s - lse[None, :])
@@ -115,6 +124,8 @@ def attention_dkdv_kernel(
     v_ptr,  # (B, H // GROUP, Tk, DV)
     lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
     delta_ptr,  # (B, H, Tq) accumulator dtype, contiguous
+    low_ptr,  # (Tk,) int32: key j is seen by queries low[j] .. high[j] - 1; None: see CAUSAL
+    high_ptr,
     dk_strides,
     dv_strides,
     dout_strides,
@@ -135,6 +146,7 @@ def attention_dkdv_kernel(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,9 +173,15 @@ def attention_dkdv_kernel(
 
     dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
-    first, left, full_start, full_end, masked = queries_of(
-        start_k, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
-    )
+    low, high = 0, 0
+    if HAS_RANGES:
+        low, high, first, left, full_start, full_end, masked = others_of(
+            low_ptr, high_ptr, start_k, Tk, BLOCK_K, BLOCK_Q
+        )
+    else:
+        first, left, full_start, full_end, masked = queries_of(
+            start_k, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+        )
     for member in range(0, GROUP):
         h = kv * GROUP + member
         head = b * H + h
@@ -172,19 +190,20 @@ def attention_dkdv_kernel(
         for start_full in range(full_start, full_end, BLOCK_Q):
             start = tl.multiple_of(start_full, BLOCK_Q)
             dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, head,
-                q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low, key_high,
-                threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K,
-                BLOCK_D, BLOCK_DV, False,
+                dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, low,
+                high, head, q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low,
+                key_high, threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_RANGES,
+                HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
         for index in tl.range(0, masked, num_stages=1):
             start = masked_start(index, first, left, full_end, BLOCK_Q)
-            dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, head,
-                q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low, key_high,
-                threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K,
-                BLOCK_D, BLOCK_DV, True,
-            )  # fmt: skip
+            if not HAS_RANGES or touched(low, high, start, BLOCK_Q):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, low,
+                    high, head, q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low,
+                    key_high, threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_RANGES,
+                    HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
+                )  # fmt: skip
     dk = narrow(dk * factor, dk_ptr.dtype.element_ty)
     store_tile(dk_ptr, dk, start_k, dk_strides[2], Tk, D, BLOCK_K, BLOCK_D)
     if HAS_DROPOUT:

@@ -12,8 +12,11 @@ from gptk.ops.attention.triton_tiles import (
     keys_of,
     load_tile,
     masked_start,
+    others_of,
     sees,
     store_tile,
+    touched,
+    within,
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
 from gptk.ops.triton_launch import narrow, widen
@@ -67,6 +70,8 @@ def _dq_tile(
     start,
     query,
     row,
+    low,
+    high,
     k_stride,
     v_stride,
     Tq,
@@ -81,6 +86,7 @@ def _dq_tile(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,7 +105,10 @@ def _dq_tile(
         dp = tl.where(keep, dp * keep_scale, 0.0)
     if MASKED:
         key = start + tl.arange(0, BLOCK_K)
-        seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+        if HAS_RANGES:
+            seen = within(low[:, None], high[:, None], key[None, :])
+        else:
+            seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         s = tl.where(seen, s, float("-inf"))
     ds = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
     if MASKED:
@@ -120,6 +129,8 @@ def attention_dq_kernel(
     v_ptr,  # (B, H // GROUP, Tk, DV)
     lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
     delta_ptr,  # (B, H, Tq) accumulator dtype, contiguous
+    low_ptr,  # (Tq,) int32: query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
+    high_ptr,
     dq_strides,
     dout_strides,
     q_strides,
@@ -139,6 +150,7 @@ def attention_dq_kernel(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -172,22 +184,30 @@ def attention_dq_kernel(
         key_low, key_high = philox_key(seed_low, seed_high)
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
-    first, left, full_start, full_end, masked = keys_of(
-        start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
-    )
+    low, high = 0, 0
+    if HAS_RANGES:
+        low, high, first, left, full_start, full_end, masked = others_of(
+            low_ptr, high_ptr, start_q, Tq, BLOCK_Q, BLOCK_K
+        )
+    else:
+        first, left, full_start, full_end, masked = keys_of(
+            start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+        )
     for start_full in range(full_start, full_end, BLOCK_K):
         start = tl.multiple_of(start_full, BLOCK_K)
         dq = _dq_tile(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
-            Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D, DV, CAUSAL,
-            HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
+            dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
+            v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D, DV,
+            CAUSAL, HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     for index in tl.range(0, masked, num_stages=1):
         start = masked_start(index, first, left, full_end, BLOCK_K)
-        dq = _dq_tile(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
-            Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D, DV, CAUSAL,
-            HAS_WINDOW, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
-        )  # fmt: skip
+        if not HAS_RANGES or touched(low, high, start, BLOCK_K):
+            dq = _dq_tile(
+                dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
+                v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D,
+                DV, CAUSAL, HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D,
+                BLOCK_DV, True,
+            )  # fmt: skip
     dq = narrow(dq * factor, dq_ptr.dtype.element_ty)
     store_tile(dq_ptr, dq, start_q, dq_strides[2], Tq, D, BLOCK_Q, BLOCK_D)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_backward import backward
 from gptk.ops.attention.triton_tiles import (
     dot,
@@ -22,8 +23,11 @@ from gptk.ops.attention.triton_tiles import (
     keys_of,
     load_tile,
     masked_start,
+    others_of,
     sees,
     store_tile,
+    touched,
+    within,
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
 from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split_seed, why_not
@@ -57,6 +61,8 @@ def _forward_tile(
     start,
     query,
     row,
+    low,
+    high,
     k_stride,
     v_stride,
     Tq,
@@ -70,6 +76,7 @@ def _forward_tile(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,7 +90,10 @@ def _forward_tile(
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), acc.dtype)) * factor
     if MASKED:
         key = start + tl.arange(0, BLOCK_K)
-        seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+        if HAS_RANGES:
+            seen = within(low[:, None], high[:, None], key[None, :])
+        else:
+            seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, axis=1))
     # a row that has seen no key yet has top = -inf, and -inf - -inf would be NaN
@@ -110,6 +120,8 @@ def _attention_forward_kernel(
     q_ptr,  # (B, H, Tq, D)
     k_ptr,  # (B, H // GROUP, Tk, D)
     v_ptr,  # (B, H // GROUP, Tk, DV)
+    low_ptr,  # (Tq,) int32: query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
+    high_ptr,
     out_strides,  # (b, h, t) of each: the last stride is 1
     q_strides,
     k_strides,
@@ -128,6 +140,7 @@ def _attention_forward_kernel(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,23 +169,30 @@ def _attention_forward_kernel(
     acc = tl.zeros((BLOCK_Q, BLOCK_DV), ACC)
     norm = tl.zeros((BLOCK_Q,), ACC)
     top = tl.full((BLOCK_Q,), float("-inf"), ACC)
-    first, left, full_start, full_end, masked = keys_of(
-        start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
-    )
+    low, high = 0, 0
+    if HAS_RANGES:
+        low, high, first, left, full_start, full_end, masked = others_of(
+            low_ptr, high_ptr, start_q, Tq, BLOCK_Q, BLOCK_K
+        )
+    else:
+        first, left, full_start, full_end, masked = keys_of(
+            start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+        )
     for start_full in range(full_start, full_end, BLOCK_K):
         start = tl.multiple_of(start_full, BLOCK_K)
         acc, norm, top = _forward_tile(
-            acc, norm, top, q, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
-            Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL, HAS_WINDOW,
-            HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
+            acc, norm, top, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
+            v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
+            HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     for index in tl.range(0, masked, num_stages=1):
         start = masked_start(index, first, left, full_end, BLOCK_K)
-        acc, norm, top = _forward_tile(
-            acc, norm, top, q, k_ptr, v_ptr, start, query, row, k_strides[2], v_strides[2],
-            Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL, HAS_WINDOW,
-            HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
-        )  # fmt: skip
+        if not HAS_RANGES or touched(low, high, start, BLOCK_K):
+            acc, norm, top = _forward_tile(
+                acc, norm, top, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
+                v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
+                HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
+            )  # fmt: skip
 
     empty = norm == 0
     safe_norm = tl.where(empty, 1.0, norm)
@@ -204,8 +224,12 @@ def forward(
     dropout_p: float,
     seed: int | Tensor,
     window: int | None,
+    ranges: Ranges | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, H, Tq, Dv), lse (B, H, Tq)) of q (B, H, Tq, D), k (B, Hkv, Tk, D), v; D <= 256."""
+    """(out (B, H, Tq, Dv), lse (B, H, Tq)) of q (B, H, Tq, D), k (B, Hkv, Tk, D), v; D <= 256.
+
+    `ranges`, where given, say who sees whom in place of causal and window.
+    """
     B, H, Tq, D = q.shape
     Tk, DV = v.shape[2:]
     strides = (Tq * H * DV, DV, H * DV, 1)
@@ -223,6 +247,7 @@ def forward(
         q,
         k,
         v,
+        *((None, None) if ranges is None else ranges[:2]),
         *(t.stride()[:3] for t in (out, q, k, v)),
         H,
         Tq,
@@ -234,8 +259,9 @@ def forward(
         GROUP=H // k.shape[1],
         D=D,
         DV=DV,
-        CAUSAL=causal,
-        HAS_WINDOW=window is not None,
+        CAUSAL=causal and ranges is None,
+        HAS_WINDOW=window is not None and ranges is None,
+        HAS_RANGES=ranges is not None,
         HAS_DROPOUT=dropout_p > 0.0,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,

@@ -90,6 +90,38 @@ def queries_of(
 
 
 @triton.jit
+def others_of(low_ptr, high_ptr, start, T, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr):
+    """What owners start .. start + BLOCK - 1 of T visit of the other side, of ranges: (low, high)
+    of each owner, (0, 0) past T, and the tiles as keys_of and queries_of give them."""
+    owner = start + tl.arange(0, BLOCK)
+    low = tl.load(low_ptr + owner, mask=owner < T, other=0)
+    high = tl.load(high_ptr + owner, mask=owner < T, other=0)
+    last = tl.minimum(start + BLOCK, T) - 1
+    some_low, all_low = tl.load(low_ptr + start), tl.load(low_ptr + last)  # neither end falls
+    all_high, some_high = tl.load(high_ptr + start), tl.load(high_ptr + last)
+    # as in queries_of; a tile of queries would not need it
+    all_high = tl.where(start + BLOCK > T, 0, all_high)
+    first, left, full_start, full_end, masked = _visit(
+        some_low, all_low, all_high, some_high, BLOCK_OTHER
+    )
+    return low, high, first, left, full_start, full_end, masked
+
+
+@triton.jit
+def within(low, high, other):
+    """Whether `other` is in an owner's range, for any shapes that broadcast."""
+    return (other >= low) & (other < high)
+
+
+@triton.jit
+def touched(low, high, start, BLOCK: tl.constexpr):
+    """Whether an owner's range meets start .. start + BLOCK - 1: between the ranges of two owners
+    of a tile there may be documents of neither."""
+    meets = tl.maximum(low, start) < tl.minimum(high, start + BLOCK)
+    return tl.max(meets.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def masked_start(index, first, left, full_end, BLOCK: tl.constexpr):
     """Where masked tile `index` begins: left of the full ones, then right of them."""
     right = full_end + (index - left) * BLOCK
