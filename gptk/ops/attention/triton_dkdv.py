@@ -9,9 +9,10 @@ import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
     dot,
-    dot_seen,
     finite_or_zero,
+    has_bad,
     load_tile,
+    mark_bad,
     masked_start,
     others_of,
     queries_of,
@@ -39,6 +40,7 @@ def launch_config(D: int, itemsize: int, dropout: bool) -> tuple[int, int, int, 
 def _dkdv_tile(
     dk,
     dv,
+    bad,
     k,
     v,
     q_ptr,
@@ -73,7 +75,7 @@ def _dkdv_tile(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(dk, dv) without their factors, plus what the queries start .. start + BLOCK_Q - 1 give.
+    """(dk, dv, bad), the first two without their factors, plus what the queries start .. start + BLOCK_Q - 1 give.
 
     Scores are held transposed, (BLOCK_K, BLOCK_Q), so that p^T and ds^T are operands as they are.
     """
@@ -104,14 +106,14 @@ def _dkdv_tile(
     ds = p * (dp - delta[None, :])
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-        dv = dot_seen(narrow(p_dropped, dout.dtype), dout, seen, dv)
-        dk = dot(
-            narrow(ds, q.dtype), finite_or_zero(q, dk.dtype), dk
-        )  # NaN in q: ds is NaN where seen
+        bad |= has_bad(dout, dv.dtype)  # rare, and dealt with after the loops
+        dv = dot(narrow(p_dropped, dout.dtype), finite_or_zero(dout, dv.dtype), dv)
+        # NaN in q: ds is NaN where seen
+        dk = dot(narrow(ds, q.dtype), finite_or_zero(q, dk.dtype), dk)
     else:
         dv = dot(narrow(p_dropped, dout.dtype), dout, dv)
         dk = dot(narrow(ds, q.dtype), q, dk)
-    return dk, dv
+    return dk, dv, bad
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
@@ -154,6 +156,7 @@ def attention_dkdv_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    EDGE: tl.constexpr = 16  # queries of a tile with a mask: see triton_tiles
     tiles = tl.cdiv(Tk, BLOCK_K)
     start_k = tl.program_id(0) % tiles * BLOCK_K  # the first keys have most queries
     key = start_k + tl.arange(0, BLOCK_K)
@@ -173,37 +176,52 @@ def attention_dkdv_kernel(
 
     dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
-    low, high = 0, 0
+    low, high, bad = 0, 0, 0
     if HAS_RANGES:
         low, high, first, left, full_start, full_end, masked = others_of(
-            low_ptr, high_ptr, start_k, Tk, BLOCK_K, BLOCK_Q
+            low_ptr, high_ptr, start_k, Tk, BLOCK_K, BLOCK_Q, EDGE
         )
     else:
         first, left, full_start, full_end, masked = queries_of(
-            start_k, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+            start_k, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K, EDGE
         )
-    for member in range(0, GROUP):
-        h = kv * GROUP + member
-        head = b * H + h
+    # one loop for the heads that share the keys: nested ones would take some 30 registers
+    full = (full_end - full_start) // BLOCK_Q
+    for index in range(0, GROUP * full):
+        h = kv * GROUP + index // full
+        start = tl.multiple_of(full_start + index % full * BLOCK_Q, BLOCK_Q)
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         dout_head = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
-        for start_full in range(full_start, full_end, BLOCK_Q):
-            start = tl.multiple_of(start_full, BLOCK_Q)
-            dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, low,
-                high, head, q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low,
+        dk, dv, bad = _dkdv_tile(
+            dk, dv, bad, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, low,
+            high, b * H + h, q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low,
+            key_high, threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_RANGES, HAS_DROPOUT,
+            BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
+        )  # fmt: skip
+    for index in tl.range(0, GROUP * masked, num_stages=1):
+        h = kv * GROUP + index // masked
+        start = masked_start(index % masked, first, left, full_end, EDGE)
+        q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
+        dout_head = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+        if not HAS_RANGES or touched(low, high, start, EDGE):
+            dk, dv, bad = _dkdv_tile(
+                dk, dv, bad, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, low,
+                high, b * H + h, q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low,
                 key_high, threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_RANGES,
-                HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
+                HAS_DROPOUT, EDGE, BLOCK_K, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
-        for index in tl.range(0, masked, num_stages=1):
-            start = masked_start(index, first, left, full_end, BLOCK_Q)
-            if not HAS_RANGES or touched(low, high, start, BLOCK_Q):
-                dk, dv = _dkdv_tile(
-                    dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, start, key, start_k, low,
-                    high, head, q_strides[2], dout_strides[2], Tq, Tk, window, factor, key_low,
-                    key_high, threshold, keep_factor, D, DV, CAUSAL, HAS_WINDOW, HAS_RANGES,
-                    HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
-                )  # fmt: skip
+    if bad != 0:
+        for index in tl.range(0, GROUP * masked, num_stages=1):
+            h = kv * GROUP + index // masked
+            start = masked_start(index % masked, first, left, full_end, EDGE)
+            dout_head = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+            dout = load_tile(dout_head, start, dout_strides[2], Tq, DV, EDGE, BLOCK_DV, True)
+            query = start + tl.arange(0, EDGE)
+            if HAS_RANGES:
+                seen = within(low[:, None], high[:, None], query[None, :])
+            else:
+                seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+            dv = mark_bad(dv, dout, seen)
     dk = narrow(dk * factor, dk_ptr.dtype.element_ty)
     store_tile(dk_ptr, dk, start_k, dk_strides[2], Tk, D, BLOCK_K, BLOCK_D)
     if HAS_DROPOUT:

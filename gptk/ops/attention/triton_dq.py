@@ -8,6 +8,7 @@ import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
     dot,
+    edge,
     finite_or_zero,
     keys_of,
     load_tile,
@@ -158,6 +159,7 @@ def attention_dq_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    EDGE: tl.constexpr = edge(BLOCK_K, BLOCK_D, BLOCK_DV)
     tiles = tl.cdiv(Tq, BLOCK_Q)
     tile = tl.program_id(0) % tiles
     if CAUSAL:
@@ -187,11 +189,11 @@ def attention_dq_kernel(
     low, high = 0, 0
     if HAS_RANGES:
         low, high, first, left, full_start, full_end, masked = others_of(
-            low_ptr, high_ptr, start_q, Tq, BLOCK_Q, BLOCK_K
+            low_ptr, high_ptr, start_q, Tq, BLOCK_Q, BLOCK_K, EDGE
         )
     else:
         first, left, full_start, full_end, masked = keys_of(
-            start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+            start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K, EDGE
         )
     for start_full in range(full_start, full_end, BLOCK_K):
         start = tl.multiple_of(start_full, BLOCK_K)
@@ -201,12 +203,12 @@ def attention_dq_kernel(
             CAUSAL, HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     for index in tl.range(0, masked, num_stages=1):
-        start = masked_start(index, first, left, full_end, BLOCK_K)
-        if not HAS_RANGES or touched(low, high, start, BLOCK_K):
+        start = masked_start(index, first, left, full_end, EDGE)
+        if not HAS_RANGES or touched(low, high, start, EDGE):
             dq = _dq_tile(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
                 v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, keep_factor, D,
-                DV, CAUSAL, HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D,
+                DV, CAUSAL, HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, EDGE, BLOCK_D,
                 BLOCK_DV, True,
             )  # fmt: skip
     dq = narrow(dq * factor, dq_ptr.dtype.element_ty)

@@ -19,9 +19,12 @@ from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_backward import backward
 from gptk.ops.attention.triton_tiles import (
     dot,
-    dot_seen,
+    edge,
+    finite_or_zero,
+    has_bad,
     keys_of,
     load_tile,
+    mark_bad,
     masked_start,
     others_of,
     sees,
@@ -55,6 +58,7 @@ def _forward_tile(
     acc,
     norm,
     top,
+    bad,
     q,
     k_ptr,
     v_ptr,
@@ -84,7 +88,7 @@ def _forward_tile(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One step of the online softmax: (acc, norm, top) after the keys start .. start+BLOCK_K-1."""
+    """One step of the online softmax: (acc, norm, top, bad) after the keys start .. start+BLOCK_K-1."""
     k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
     v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), acc.dtype)) * factor
@@ -107,10 +111,11 @@ def _forward_tile(
     if HAS_DROPOUT:
         p = tl.where(keep_tile(key_low, key_high, row, start, threshold, BLOCK_K), p, 0.0)
     if MASKED:
-        acc = dot_seen(narrow(p, v.dtype), v, seen, acc)
+        bad |= has_bad(v, acc.dtype)  # rare, and dealt with after the loops
+        acc = dot(narrow(p, v.dtype), finite_or_zero(v, acc.dtype), acc)
     else:
         acc = dot(narrow(p, v.dtype), v, acc)
-    return acc, norm, new_top
+    return acc, norm, new_top, bad
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
@@ -148,6 +153,7 @@ def _attention_forward_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    EDGE: tl.constexpr = edge(BLOCK_K, BLOCK_D, BLOCK_DV)
     tiles = tl.cdiv(Tq, BLOCK_Q)
     tile = tl.program_id(0) % tiles
     if CAUSAL:
@@ -169,30 +175,41 @@ def _attention_forward_kernel(
     acc = tl.zeros((BLOCK_Q, BLOCK_DV), ACC)
     norm = tl.zeros((BLOCK_Q,), ACC)
     top = tl.full((BLOCK_Q,), float("-inf"), ACC)
-    low, high = 0, 0
+    low, high, bad = 0, 0, 0
     if HAS_RANGES:
         low, high, first, left, full_start, full_end, masked = others_of(
-            low_ptr, high_ptr, start_q, Tq, BLOCK_Q, BLOCK_K
+            low_ptr, high_ptr, start_q, Tq, BLOCK_Q, BLOCK_K, EDGE
         )
     else:
         first, left, full_start, full_end, masked = keys_of(
-            start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K
+            start_q, Tq, Tk, window, CAUSAL, HAS_WINDOW, BLOCK_Q, BLOCK_K, EDGE
         )
     for start_full in range(full_start, full_end, BLOCK_K):
         start = tl.multiple_of(start_full, BLOCK_K)
-        acc, norm, top = _forward_tile(
-            acc, norm, top, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
+        acc, norm, top, bad = _forward_tile(
+            acc, norm, top, bad, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
             v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
             HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     for index in tl.range(0, masked, num_stages=1):
-        start = masked_start(index, first, left, full_end, BLOCK_K)
-        if not HAS_RANGES or touched(low, high, start, BLOCK_K):
-            acc, norm, top = _forward_tile(
-                acc, norm, top, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
+        start = masked_start(index, first, left, full_end, EDGE)
+        if not HAS_RANGES or touched(low, high, start, EDGE):
+            acc, norm, top, bad = _forward_tile(
+                acc, norm, top, bad, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
                 v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
-                HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, True,
+                HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, EDGE, BLOCK_D, BLOCK_DV, True,
             )  # fmt: skip
+
+    if bad != 0:
+        for index in tl.range(0, masked, num_stages=1):
+            start = masked_start(index, first, left, full_end, EDGE)
+            v = load_tile(v_ptr, start, v_strides[2], Tk, DV, EDGE, BLOCK_DV, True)
+            key = start + tl.arange(0, EDGE)
+            if HAS_RANGES:
+                seen = within(low[:, None], high[:, None], key[None, :])
+            else:
+                seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
+            acc = mark_bad(acc, v, seen)
 
     empty = norm == 0
     safe_norm = tl.where(empty, 1.0, norm)

@@ -2,13 +2,20 @@
 
 Causal attention is aligned bottom-right: query i sees keys 0 .. Tk - Tq + i, with a window of w
 only the last w of these. A program owns a tile of one side and visits the tiles of the other side
-that it sees at all; those it sees in full need no mask, so they have a loop of their own.
+that it sees at all; those it sees in full need no mask, so they have a loop of their own. Tiles
+with a mask are narrower, because they hold more at a time: registers are what bounds these kernels.
 """
 
 import triton
 import triton.language as tl
 
 from gptk.ops.triton_launch import INTERPRETED, widen
+
+
+@triton.constexpr_function
+def edge(BLOCK, BLOCK_D, BLOCK_DV):
+    """Width of the tiles with a mask, for the width BLOCK of those without."""
+    return min(BLOCK, 16 if max(BLOCK_D, BLOCK_DV) > 128 else 32)
 
 
 @triton.jit
@@ -24,18 +31,19 @@ def sees(query, key, Tq, Tk, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.conste
 
 
 @triton.jit
-def _visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr):
+def _visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """(first, left, full_start, full_end, masked): how to visit the tiles of [some_low, some_high).
 
-    Tiles inside [all_low, all_high) are seen in full: [full_start, full_end). `masked` others need
-    a mask; `left` of them begin at `first`, the rest at full_end. Starts are multiples of BLOCK.
+    Tiles of BLOCK inside [all_low, all_high) are seen in full: [full_start, full_end). `masked`
+    tiles of EDGE need a mask; `left` of them begin at `first`, the rest at full_end. EDGE divides
+    BLOCK, starts are multiples of the tile's width.
     """
-    first = some_low // BLOCK * BLOCK
-    end = tl.cdiv(tl.maximum(some_high, 0), BLOCK) * BLOCK
+    first = some_low // EDGE * EDGE
+    end = tl.cdiv(tl.maximum(some_high, 0), EDGE) * EDGE
     full_start = tl.maximum(tl.minimum(tl.cdiv(all_low, BLOCK) * BLOCK, end), first)
     full_end = tl.maximum(tl.maximum(all_high, 0) // BLOCK * BLOCK, full_start)
-    left = (full_start - first) // BLOCK
-    masked = left + tl.maximum(end - full_end, 0) // BLOCK
+    left = (full_start - first) // EDGE
+    masked = left + tl.maximum(end - full_end, 0) // EDGE
     return first, left, full_start, full_end, masked
 
 
@@ -49,6 +57,7 @@ def keys_of(
     HAS_WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """The key tiles that the queries start .. start + BLOCK_Q - 1 visit."""
     some_low, all_low = 0, 0
@@ -60,7 +69,7 @@ def keys_of(
         if HAS_WINDOW:
             some_low = tl.maximum(all_high - window, 0)
             all_low = tl.maximum(some_high - window, 0)
-    return _visit(some_low, all_low, all_high, some_high, BLOCK_K)
+    return _visit(some_low, all_low, all_high, some_high, BLOCK_K, EDGE)
 
 
 @triton.jit
@@ -73,6 +82,7 @@ def queries_of(
     HAS_WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """The query tiles that the keys start .. start + BLOCK_K - 1 are seen by."""
     some_low, all_low = 0, 0
@@ -86,11 +96,13 @@ def queries_of(
             all_high = tl.minimum(start - (Tk - Tq) + window, Tq)
     # p of a key past the edge may overflow: no tile of such keys goes without a mask
     all_high = tl.where(start + BLOCK_K > Tk, 0, all_high)
-    return _visit(some_low, all_low, all_high, some_high, BLOCK_Q)
+    return _visit(some_low, all_low, all_high, some_high, BLOCK_Q, EDGE)
 
 
 @triton.jit
-def others_of(low_ptr, high_ptr, start, T, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr):
+def others_of(
+    low_ptr, high_ptr, start, T, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, EDGE: tl.constexpr
+):
     """What owners start .. start + BLOCK - 1 of T visit of the other side, of ranges: (low, high)
     of each owner, (0, 0) past T, and the tiles as keys_of and queries_of give them."""
     owner = start + tl.arange(0, BLOCK)
@@ -102,7 +114,7 @@ def others_of(low_ptr, high_ptr, start, T, BLOCK: tl.constexpr, BLOCK_OTHER: tl.
     # as in queries_of; a tile of queries would not need it
     all_high = tl.where(start + BLOCK > T, 0, all_high)
     first, left, full_start, full_end, masked = _visit(
-        some_low, all_low, all_high, some_high, BLOCK_OTHER
+        some_low, all_low, all_high, some_high, BLOCK_OTHER, EDGE
     )
     return low, high, first, left, full_start, full_end, masked
 
@@ -143,8 +155,10 @@ def load_tile(
     row = start + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     at = base_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
-    if EDGE:
+    if EDGE and D < BLOCK_D:
         tile = tl.load(at, mask=(row < T)[:, None] & (column < D)[None, :], other=0.0)
+    elif EDGE:
+        tile = tl.load(at, mask=(row < T)[:, None], other=0.0)
     elif D < BLOCK_D:
         tile = tl.load(at, mask=(column < D)[None, :], other=0.0)
     else:
@@ -184,19 +198,21 @@ def finite_or_zero(b, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot_seen(a, b, seen, acc):
-    """acc + a @ b, where a is 0 if `seen` is false, and what is not seen has no effect.
+def has_bad(b, dtype: tl.constexpr):
+    """1 where b holds a NaN or an infinity, else 0."""
+    bad = tl.where(tl.abs(widen(b, dtype)) < float("inf"), 0, 1)
+    return tl.max(tl.max(bad, axis=1), axis=0)
 
-    The product is that of the finite part of b; then acc[r, d] becomes NaN where row r sees a j
-    with b[j, d] not finite. Sets of j are the bits of an int64, so a tile has at most 64.
-    """
+
+@triton.jit
+def mark_bad(acc, b, seen):
+    """acc (R, D) with NaN at [r, d] where row r sees a j with b[j, d] (J, D) not finite: what the
+    product with finite_or_zero(b) leaves out. Sets of j are the bits of a word."""
     J: tl.constexpr = b.shape[0]
-    tl.static_assert(J <= 64)
-    acc = dot(a, finite_or_zero(b, acc.dtype), acc)
-    bit = tl.arange(0, J).to(tl.int64)
+    tl.static_assert(J <= 32)
+    bit = tl.full((), 1, tl.uint32) << tl.arange(0, J).to(tl.uint32)
+    zero = tl.full((), 0, tl.uint32)
     finite = tl.abs(widen(b, acc.dtype)) < float("inf")
-    bad_set = tl.sum((finite == 0).to(tl.int64) << bit[:, None], axis=0)  # (D,)
-    if tl.max((bad_set != 0).to(tl.int32), axis=0) > 0:
-        seen_set = tl.sum(seen.to(tl.int64) << bit[None, :], axis=1)  # (R,)
-        acc = tl.where((seen_set[:, None] & bad_set[None, :]) != 0, float("nan"), acc)
-    return acc
+    bad_set = tl.sum(tl.where(finite, zero, bit[:, None]), axis=0)  # (D,)
+    seen_set = tl.sum(tl.where(seen, bit[None, :], zero), axis=1)  # (R,)
+    return tl.where((seen_set[:, None] & bad_set[None, :]) != 0, float("nan"), acc)
