@@ -23,19 +23,15 @@ namespace {
 using Forward = gptk_cross_entropy_forward_args;
 using Backward = gptk_cross_entropy_backward_args;
 
-// z = softcap tanh(logits / softcap) and its slope, which is formed without cancellation.
+// z = softcap tanh(logits / softcap) and its slope.
 template <typename A> struct Softcap {
   A cap, inverse;
   explicit Softcap(double softcap)
       : cap(static_cast<A>(softcap)), inverse(static_cast<A>(1 / softcap)) {}
 
-  struct At {
-    Vec<A> value, slope;
-  };
-  GPTK_INLINE At at(Vec<A> logit) const {
-    const Vec<A> x = logit * inverse, e = exp_flush(max(x, -x) * A(-2));
-    const Vec<A> r = reciprocal(1 + e);
-    return {tanh(x, e) * cap, (e * r) * r * A(4)};
+  GPTK_INLINE ValueSlope<A> at(Vec<A> logits) const {
+    const ValueSlope<A> y = tanh_slope(logits * inverse);
+    return {y.value * cap, y.slope};
   }
 };
 
@@ -52,14 +48,14 @@ template <typename A> struct RowSums {
   double sum;      // of z, only if asked for
 };
 
-template <typename A> RowSums<A> row_sums(const Forward& a, int64_t row) {
+template <typename A, bool CAPPED> RowSums<A> row_sums(const Forward& a, int64_t row) {
   A scratch[BLOCK];
   const Vec<A> minus_infinity = broadcast(-static_cast<A>(__builtin_inf()));
   RowSums<A> r = {minus_infinity[0], 0, 0};
   for (int64_t begin = 0; begin < a.V; begin += BLOCK) {
     const int64_t n = min(a.V - begin, BLOCK);
     const A* z = read_block(a.logits, a.logits_dtype, row * a.logits_stride + begin, n, scratch);
-    if (a.softcap != 0) z = capped_block(Softcap<A>(a.softcap), z, n, scratch);
+    if constexpr (CAPPED) z = capped_block(Softcap<A>(a.softcap), z, n, scratch);
     Vec<A> largest[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
     for_lanes<A>(
         n, GPTK_LANES {
@@ -86,9 +82,9 @@ template <typename A> RowSums<A> row_sums(const Forward& a, int64_t row) {
   return r;
 }
 
-template <typename A> void forward_row(const Forward& a, int64_t row) {
+template <typename A, bool CAPPED> void forward_row(const Forward& a, int64_t row) {
   const int64_t target = a.target[row];
-  const RowSums<A> r = row_sums<A>(a, row);
+  const RowSums<A> r = row_sums<A, CAPPED>(a, row);
   const double log_sum = log(r.sum_exp), lse = r.max + log_sum, s = a.label_smoothing;
   double loss = 0;
   if (target != a.ignore_index) {
@@ -96,7 +92,7 @@ template <typename A> void forward_row(const Forward& a, int64_t row) {
       loss = __builtin_nan("");
     else {
       A z = read_one<A>(a.logits, a.logits_dtype, row * a.logits_stride + target);
-      if (a.softcap != 0) z = Softcap<A>(a.softcap).at(broadcast(z)).value[0];
+      if constexpr (CAPPED) z = Softcap<A>(a.softcap).at(broadcast(z)).value[0];
       // as lse - z - s (mean(z) - z), the two large terms first
       loss = (static_cast<double>(r.max) - z) + log_sum;
       if (s != 0) loss += s * (z - r.sum / a.V);
@@ -107,10 +103,14 @@ template <typename A> void forward_row(const Forward& a, int64_t row) {
   static_cast<A*>(a.loss)[row] = static_cast<A>(loss);
 }
 
-template <typename A> void forward(const Forward& a) {
+template <typename A, bool CAPPED> void forward_rows(const Forward& a) {
   parallel_rows(a.N, threads_for(a.N * a.V, a.threads), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) forward_row<A>(a, row);
+    for (int64_t row = begin; row < end; row++) forward_row<A, CAPPED>(a, row);
   });
+}
+
+template <typename A> void forward(const Forward& a) {
+  a.softcap == 0 ? forward_rows<A, false>(a) : forward_rows<A, true>(a);
 }
 
 template <typename A> void fill_row(const Backward& a, int64_t row, A value) {
@@ -182,17 +182,18 @@ template <typename A> void capped_backward_row(const Backward& a, int64_t row) {
     const A* logits =
         read_block(a.logits, a.logits_dtype, row * a.logits_stride + begin, n, logits_scratch);
     const bool is_hit = hit >= 0 && hit < n;
-    const auto at_target = softcap.at(broadcast<A>(is_hit ? logits[hit] : 0));
+    const A logit = is_hit ? logits[hit] : 0;  // of the target, before its gradient takes its place
     const int64_t offset = row * a.dlogits_stride + begin;
     A* d = target_block(a.dlogits, a.dlogits_dtype, offset, scratch);
     for_lanes<A>(
         n, GPTK_LANES {
-          const auto z = softcap.at(load(logits + i, lanes));
+          const ValueSlope<A> z = softcap.at(load(logits + i, lanes));
           store(d + i, (exp(z.value - lse) * scale - uniform) * z.slope * dloss, lanes);
         });
     if (is_hit) {
-      const A p = exp(at_target.value - lse)[0] * inverse;
-      d[hit] = (((p - uniform) - (1 - s)) + z_slope * p) * at_target.slope[0] * dloss;
+      const ValueSlope<A> z = softcap.at(broadcast(logit));
+      const A p = exp(z.value - lse)[0] * inverse;
+      d[hit] = (((p - uniform) - (1 - s)) + z_slope * p) * z.slope[0] * dloss;
     }
     write_block(a.dlogits, a.dlogits_dtype, offset, n, d);
   }
