@@ -132,13 +132,14 @@ PYBIND11_MODULE(_C, m) {
     using A = gptk_cross_entropy_forward_args;
     bind(m, "cross_entropy_forward", gptk_cross_entropy_forward, &A::loss, &A::lse, &A::logits,
          &A::target, &A::N, &A::V, &A::logits_stride, &A::ignore_index, &A::label_smoothing,
-         &A::logits_dtype, &A::threads);
+         &A::softcap, &A::z_loss, &A::logits_dtype, &A::threads);
   }
   {
     using A = gptk_cross_entropy_backward_args;
     bind(m, "cross_entropy_backward", gptk_cross_entropy_backward, &A::dlogits, &A::dloss,
          &A::logits, &A::target, &A::lse, &A::N, &A::V, &A::dlogits_stride, &A::logits_stride,
-         &A::ignore_index, &A::label_smoothing, &A::dlogits_dtype, &A::logits_dtype, &A::threads);
+         &A::ignore_index, &A::label_smoothing, &A::softcap, &A::z_loss, &A::dlogits_dtype,
+         &A::logits_dtype, &A::threads);
   }
   {
     using A = gptk_attention_forward_args;

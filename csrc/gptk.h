@@ -105,8 +105,9 @@ struct gptk_gemm_args {
   int32_t threads;
 };
 
-/* loss = lse - (1 - s) * z[target] - s / V * sum(z); 0 where target == ignore_index; NaN for any
-   other target outside [0, V) */
+/* loss = lse - (1 - s) * z[target] - s / V * sum(z) + z_loss * lse^2, lse = log sum exp z;
+   z = softcap * tanh(logits / softcap), or the logits themselves where softcap is 0. The loss is 0
+   where target == ignore_index, NaN for any other target outside [0, V) */
 struct gptk_cross_entropy_forward_args {
   void* loss;            /* (N,) acc */
   void* lse;             /* (N,) acc, natural logarithm */
@@ -114,12 +115,15 @@ struct gptk_cross_entropy_forward_args {
   const int64_t* target; /* (N,) */
   int64_t N, V, logits_stride, ignore_index;
   double label_smoothing;
+  double softcap; /* 0: none */
+  double z_loss;
   int32_t logits_dtype;
   int32_t threads;
 };
 
-/* dlogits = dloss * (exp(z - lse) - (1 - s) * [column == target] - s / V); exactly 0 in ignored
-   rows. dlogits_dtype is logits_dtype, or 16 bits in place of acc. In place: dlogits may be the
+/* dz = dloss * ((1 + 2 * z_loss * lse) * exp(z - lse) - (1 - s) * [column == target] - s / V);
+   dlogits = dz * (1 - (z / softcap)^2), or dz where softcap is 0; exactly 0 in ignored rows.
+   dlogits_dtype is logits_dtype, or 16 bits in place of acc. In place: dlogits may be the
    logits themselves, row for row, in their dtype with their stride, or in 16 bits at the front of
    each row, with twice their stride. */
 struct gptk_cross_entropy_backward_args {
@@ -130,6 +134,8 @@ struct gptk_cross_entropy_backward_args {
   const void* lse;       /* (N,) acc */
   int64_t N, V, dlogits_stride, logits_stride, ignore_index;
   double label_smoothing;
+  double softcap; /* 0: none */
+  double z_loss;
   int32_t dlogits_dtype, logits_dtype;
   int32_t threads;
 };

@@ -184,13 +184,20 @@ class CausalSelfAttention(nn.Module):
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss."""
+    """torch.nn.CrossEntropyLoss with an optional softcap of the logits and an optional z-loss."""
 
     ops = ("cross_entropy",)
 
-    def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
+        self.softcap, self.z_loss, self.backend = softcap, z_loss, backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return GF.cross_entropy(
@@ -200,6 +207,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
             backend=self.backend,
         )
 
@@ -221,12 +230,15 @@ class LinearCrossEntropyLoss(nn.Linear):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, **kwargs)
         self.ignore_index, self.reduction = ignore_index, reduction
         self.label_smoothing, self.backend = label_smoothing, backend
+        self.softcap, self.z_loss = softcap, z_loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         return GF.linear_cross_entropy(
@@ -237,5 +249,7 @@ class LinearCrossEntropyLoss(nn.Linear):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
             backend=self.backend,
         )

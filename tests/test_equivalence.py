@@ -137,6 +137,13 @@ SUBSET_CASES = [
     ("linear", "gelu_tanh"),
     ("mlp", "odd"),
     ("linear_cross_entropy", "smoothing"),
+    ("linear_cross_entropy", "softcap_z_loss"),
+]
+MIXED_CASES = [
+    *SUBSET_CASES,
+    ("gelu", "odd_tanh"),
+    ("cross_entropy", "none"),
+    ("cross_entropy", "softcap_z_loss"),
 ]
 
 
@@ -159,9 +166,7 @@ def test_every_subset_of_required_gradients(op, case, backend):
 
 
 @pytest.mark.parametrize("pair", [("cpp", "triton"), ("triton", "cpp")], ids="-".join)
-@pytest.mark.parametrize(
-    "op, case", [*SUBSET_CASES, ("gelu", "odd_tanh"), ("cross_entropy", "none")]
-)
+@pytest.mark.parametrize("op, case", MIXED_CASES)
 def test_forward_by_one_backend_and_backward_by_another(op, case, pair, monkeypatch):
     import importlib
 

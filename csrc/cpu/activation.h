@@ -16,10 +16,6 @@ template <typename A> GPTK_INLINE Vec<A> clamp(Vec<A> x, A limit) {  // NaN stay
   return max(broadcast<A>(-limit), min(broadcast<A>(limit), x));
 }
 
-template <typename A> struct ValueSlope {
-  Vec<A> value, slope;
-};
-
 struct Identity {
   template <typename A> static GPTK_INLINE ValueSlope<A> at(Vec<A> x) { return {x, zero<A>() + 1}; }
 };

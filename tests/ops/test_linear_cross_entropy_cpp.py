@@ -40,17 +40,25 @@ def loss(leaves, target, reduction="mean", **how):
     )
 
 
-def torchs(leaves, target, reduction="mean"):
+def torchs(leaves, target, reduction="mean", softcap=None, z_loss=0.0):
     x, w, b = leaves
-    return F.cross_entropy(F.linear(x, w, b), target, reduction=reduction)
+    z = F.linear(x, w, b)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    squares = z_loss * (torch.logsumexp(z, 1) ** 2)[target != -100]
+    squares = squares.mean() if reduction == "mean" else squares.sum()
+    return F.cross_entropy(z, target, reduction=reduction) + squares
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("upstream", [1.0, -0.25, 3.0])
-def test_any_upstream_gradient(reduction, upstream):
+@pytest.mark.parametrize("options", [{}, dict(softcap=1.5, z_loss=0.1)], ids=["plain", "capped"])
+def test_any_upstream_gradient(reduction, upstream, options):
     leaves, target = inputs()
-    ours = torch.autograd.grad(upstream * loss(leaves, target, reduction), leaves)
-    theirs = torch.autograd.grad(upstream * torchs(leaves, target, reduction), leaves)
+    value = loss(leaves, target, reduction, **options)
+    right = torchs(leaves, target, reduction, **options)
+    torch.testing.assert_close(value, right)
+    ours = torch.autograd.grad(upstream * value, leaves)
+    theirs = torch.autograd.grad(upstream * right, leaves)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -184,14 +192,15 @@ def test_under_autocast_the_weight_gradient_is_float32_and_summed_in_it():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_16_bit_gradients_of_the_logits_change_no_bit(dtype, reduction, monkeypatch):
+@pytest.mark.parametrize("options", [{}, dict(softcap=1.5, z_loss=0.1)], ids=["plain", "capped"])
+def test_16_bit_gradients_of_the_logits_change_no_bit(dtype, reduction, options, monkeypatch):
     leaves, target = inputs(N=13, C=24, V=1100, dtype=dtype)
     leaves[2] = None  # a bias's gradient is summed before they are rounded
     if not owns(dtype):
         pytest.skip("products in this dtype are torch's here, of float32 logits")
 
     def gradients():
-        value = loss(leaves, target, reduction)
+        value = loss(leaves, target, reduction, **options)
         return torch.autograd.grad(value.sum(), leaves[:2])
 
     found = gradients()

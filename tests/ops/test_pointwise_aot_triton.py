@@ -25,6 +25,8 @@ KERNELS = (
     "linear-sum",
     "cross_entropy-forward",
     "cross_entropy-backward",
+    "cross_entropy-forward-softcap",
+    "cross_entropy-backward-softcap",
     "adamw-prepare",
     "adamw-update",
     "adamw-norm_partial",
@@ -35,6 +37,7 @@ WIDE = (
     "gelu-backward",
     "linear-backward",
     "cross_entropy-backward",
+    "cross_entropy-backward-softcap",
     "adamw-update",
 )
 
@@ -55,6 +58,7 @@ def launches(dtype):
     flat = dict(ACTIVATION="gelu_tanh", ACC=acc, **gelu.launch_config(torch_dtype))
     tile = dict(ACC=acc, **linear.launch_config(768))
     rows = dict(HAS_BIAS=True, ACC=acc, **cross_entropy.launch_config(50304))
+    plain, both = (dict(HAS_SOFTCAP=has, HAS_Z_LOSS=has) for has in (False, True))
     half = torch_dtype.itemsize == 2
     moment = gelu.TL[torch.float32] if half else tl_dtype
     update = dict(
@@ -77,13 +81,23 @@ def launches(dtype):
         "linear-sum": (linear._sum_partials_kernel, [x, a, "i32", "i32"], tile),
         "cross_entropy-forward": (
             cross_entropy._cross_entropy_forward_kernel,
-            [a, a, x, x, "*i64", "i32", "i32", "i32", "fp64"],
-            dict(HAS_SMOOTHING=True, **rows),
+            [a, a, x, x, "*i64", "i32", "i32", "i32", "fp64", "fp64", "fp64"],
+            dict(HAS_SMOOTHING=True, **rows, **plain),
         ),
         "cross_entropy-backward": (
             cross_entropy._cross_entropy_backward_kernel,
-            [x, a, x, x, "*i64", a, "i32", "i32", "i32", "fp64", "fp64"],
-            dict(RESWEEP=not half, **rows),
+            [x, a, x, x, "*i64", a, "i32", "i32", "i32", "fp64", "fp64", "fp64", "fp64"],
+            dict(RESWEEP=not half, **rows, **plain),
+        ),
+        "cross_entropy-forward-softcap": (
+            cross_entropy._cross_entropy_forward_kernel,
+            [a, a, x, x, "*i64", "i32", "i32", "i32", "fp64", "fp64", "fp64"],
+            dict(HAS_SMOOTHING=True, **rows, **both),
+        ),
+        "cross_entropy-backward-softcap": (
+            cross_entropy._cross_entropy_backward_kernel,
+            [x, a, x, x, "*i64", a, "i32", "i32", "i32", "fp64", "fp64", "fp64", "fp64"],
+            dict(RESWEEP=not half, **rows, **both),
         ),
         "adamw-prepare": (
             adamw._prepare_kernel,

@@ -1,5 +1,6 @@
 """cross_entropy: the contract, its checks and its autograd functions."""
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -28,33 +29,47 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """loss = logsumexp(z) - (1 - s) z[target] - s / V sum(z), per row, then reduced.
+    """loss = lse - (1 - s) z[target] - s / V sum(z) + z_loss lse^2, per row, then reduced, where
+    lse = logsumexp(z) and z = softcap tanh(input / softcap), or the input itself.
 
     Args:
         input: (N, V) logits; other shapes, class weights and probability targets run on torch only.
         target: (N,) class ids of any integer dtype, or ignore_index.
         reduction: "none", "mean" (over the targets that count; nan if none does) or "sum".
         label_smoothing: s in [0, 1].
+        softcap: above 0; None leaves the logits as they are.
+        z_loss: at least 0; what pulls lse, the logarithm of softmax's denominator, to 0. For class
+            ids without class weights: a mean with these is not over rows, which lse^2 is of.
         backend: auto, torch, triton or cpp.
 
     Returns: as torch.nn.functional.cross_entropy, in the input's dtype (under autocast float32
         for 16-bit logits).
-    Raises: ValueError for shapes, dtypes or devices that do not fit. IndexError for a target
-        outside [0, V) on the CPU; on a GPU, under torch.compile or vmap that row's loss is NaN
-        (backend torch: what torch.nn.functional.cross_entropy does).
+    Raises: ValueError for shapes, dtypes or devices that do not fit, and for an option outside its
+        range. IndexError for a target outside [0, V) on the CPU; on a GPU, under torch.compile or
+        vmap that row's loss is NaN (backend torch: what torch.nn.functional.cross_entropy does).
     Numerics: log-sum-exp and gradient in float32 (float64 for float64).
+    Reference: softcap: Gemma 2, https://arxiv.org/abs/2408.00118; z_loss: PaLM, section 5,
+        https://arxiv.org/abs/2204.02311.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce, False)
     check_reduction(reduction, label_smoothing)
+    check_terms(softcap, z_loss)
+    if z_loss and (weight is not None or target.is_floating_point()):
+        kind = "class weights" if weight is not None else "class probabilities as targets"
+        raise ValueError(
+            f"z_loss={z_loss} with {kind}: it is a term of rows that count alike, by a class id"
+        )
     if autocast_dtype(input) is not None:
         input = input.float()
     for name, other in (("target", target), ("weight", weight)):
         if other is not None and other.device != input.device:
             raise ValueError(f"{name} is on {other.device}, input on {input.device}")
-    if target.dtype != torch.int64 and not target.is_floating_point():
+    if not target.is_floating_point():
         target = as_class_ids(target)
     plain = weight is None and input.dim() == 2 and not target.is_floating_point()
     impl = resolve("cross_entropy", backend, input, plain=plain)
@@ -63,11 +78,13 @@ def cross_entropy(
     if is_reference(impl) or not plain or input.numel() == 0:
         from gptk.ops.cross_entropy.reference import cross_entropy as definition
 
-        return definition(input, target, weight, ignore_index, reduction, label_smoothing)
-    options = (ignore_index, label_smoothing)
+        return definition(
+            input, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss
+        )
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     if reduction == "none":
         return CrossEntropyFunction.apply(impl, input, target, *options).to(input.dtype)
-    return ReducedFunction.apply(impl, input, target, *options, reduction)
+    return ReducedFunction.apply(impl, input, target, reduction, *options)
 
 
 def check_reduction(reduction: str, label_smoothing: float) -> None:
@@ -76,6 +93,14 @@ def check_reduction(reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"reduction={reduction!r}; allowed: 'none', 'mean', 'sum'")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1]")
+
+
+def check_terms(softcap: float | None, z_loss: float) -> None:
+    """Raise ValueError unless the softcap is above 0 and z_loss at least 0, both finite."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} is not a finite number above 0")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss} is not a finite number of at least 0")
 
 
 def as_class_ids(target: Tensor) -> Tensor:
@@ -118,13 +143,11 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     @outside_autocast
-    def forward(
-        ctx: Any, impl: ModuleType, input: Tensor, target: Tensor, ignore_index: int, smooth: float
-    ) -> Tensor:
+    def forward(ctx: Any, impl: ModuleType, input: Tensor, target: Tensor, *options: Any) -> Tensor:
         logits, target = _as_read(input, target)
-        loss, lse = impl.forward(logits, target, ignore_index, smooth)
+        loss, lse = impl.forward(logits, target, *options)
         ctx.save_for_backward(logits, target, lse)
-        ctx.impl, ctx.options = impl, (ignore_index, smooth)
+        ctx.impl, ctx.options = impl, options
         return loss
 
     @staticmethod
@@ -132,7 +155,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, dloss: Tensor) -> Any:
         dlogits = ctx.impl.backward(readable(dloss), *ctx.saved_tensors, *ctx.options)
-        return None, dlogits, None, None, None
+        return None, dlogits, None, *(None for _ in ctx.options)
 
 
 class ReducedFunction(torch.autograd.Function):
@@ -141,22 +164,17 @@ class ReducedFunction(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def forward(
-        ctx: Any,
-        impl: ModuleType,
-        input: Tensor,
-        target: Tensor,
-        ignore_index: int,
-        smooth: float,
-        reduction: str,
+        ctx: Any, impl: ModuleType, input: Tensor, target: Tensor, reduction: str, *options: Any
     ) -> Tensor:
         logits, target = _as_read(input, target)
-        loss, lse = impl.forward(logits, target, ignore_index, smooth)
+        loss, lse = impl.forward(logits, target, *options)
         result, counted = loss.sum(), None
         if reduction == "mean":
+            ignore_index = options[0]
             counted = (target != ignore_index).sum()
             result = result / counted
         ctx.save_for_backward(logits, target, lse, counted)
-        ctx.impl, ctx.options = impl, (ignore_index, smooth)
+        ctx.impl, ctx.options = impl, options
         return result.to(input.dtype)
 
     @staticmethod
@@ -169,7 +187,7 @@ class ReducedFunction(torch.autograd.Function):
             dloss = dloss / counted
         dloss = dloss.expand(lse.shape).contiguous()
         dlogits = ctx.impl.backward(dloss, logits, target, lse, *ctx.options)
-        return None, dlogits, None, None, None, None
+        return None, dlogits, None, None, *(None for _ in ctx.options)
 
 
 def _as_read(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

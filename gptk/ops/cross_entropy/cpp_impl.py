@@ -16,7 +16,12 @@ def unsupported(
 
 
 def forward(
-    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,), for logits (N, V) with adjacent columns."""
     N, V = logits.shape
@@ -32,6 +37,8 @@ def forward(
         logits.stride(0),
         ignore_index,
         label_smoothing,
+        softcap or 0.0,
+        z_loss,
         DTYPE[logits.dtype],
         threads(),
     )
@@ -46,10 +53,13 @@ def backward(
     lse: Tensor,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """dlogits (N, V), contiguous."""
     dlogits = empty(logits.shape, logits.dtype)
-    write_dlogits(dlogits, dloss, logits, target, lse, ignore_index, label_smoothing)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
+    write_dlogits(dlogits, dloss, logits, target, lse, *options)
     return dlogits
 
 
@@ -61,6 +71,8 @@ def write_dlogits(
     lse: Tensor,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> None:
     """Write dlogits (N, V), rows apart by any stride. It may be the logits themselves, or 16-bit
     values at the front of each of their float32 rows."""
@@ -77,6 +89,8 @@ def write_dlogits(
         logits.stride(0),
         ignore_index,
         label_smoothing,
+        softcap or 0.0,
+        z_loss,
         DTYPE[dlogits.dtype],
         DTYPE[logits.dtype],
         threads(),

@@ -16,7 +16,13 @@ from gptk.ops.contract import (
     readable,
     resolve,
 )
-from gptk.ops.cross_entropy import as_class_ids, check_reduction, check_targets, reduce_rows
+from gptk.ops.cross_entropy import (
+    as_class_ids,
+    check_reduction,
+    check_targets,
+    check_terms,
+    reduce_rows,
+)
 from gptk.ops.linear import check_product
 
 
@@ -29,6 +35,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target), logits never held as a whole.
@@ -36,7 +44,8 @@ def linear_cross_entropy(
     Args:
         input: (..., C); linear_weight: (V, C); linear_bias: (V,) or None.
         target: (...) class ids of any integer dtype, or ignore_index.
-        reduction, ignore_index (None: -100), label_smoothing: as in cross_entropy.
+        reduction, ignore_index (None: -100), label_smoothing, softcap (after the bias), z_loss: as
+            in cross_entropy.
         backend: auto, torch, triton or cpp.
 
     Returns: the loss, in the input's dtype (under autocast float32, except for float64).
@@ -45,18 +54,18 @@ def linear_cross_entropy(
         forms the gradients of "mean" and "sum" with the loss, and holds them until backward.
     """
     check_reduction(reduction, label_smoothing)
+    check_terms(softcap, z_loss)
     check_product("linear_weight", input, linear_weight, linear_bias)
     ignore = -100 if ignore_index is None else ignore_index
     cast = autocast_dtype(input)
     if target.device != input.device:
         raise ValueError(f"target is on {target.device}, input on {input.device}")
-    if target.dtype != torch.int64:
-        target = as_class_ids(target)
+    target = as_class_ids(target)
     check_targets(target, input.shape[:-1], linear_weight.shape[0], ignore)
     rows = input.reshape(-1, input.shape[-1])
     flat = target.reshape(-1)
     impl = resolve("linear_cross_entropy", backend, input, cast)
-    options = (ignore, label_smoothing)
+    options = (ignore, label_smoothing, softcap, z_loss)
     if is_reference(impl) or input.numel() == 0 or linear_weight.numel() == 0:
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
@@ -65,12 +74,12 @@ def linear_cross_entropy(
         impl, cast or input.dtype, input, linear_weight, linear_bias
     ):
         loss = ReducedFunction.apply(
-            impl, rows, linear_weight, linear_bias, flat, *options, cast, reduction
+            impl, rows, linear_weight, linear_bias, flat, cast, reduction, *options
         )
         return loss if cast is not None else loss.to(input.dtype)
     else:
         loss = LinearCrossEntropyFunction.apply(
-            impl, rows, linear_weight, linear_bias, flat, *options, cast
+            impl, rows, linear_weight, linear_bias, flat, cast, *options
         )
     loss = reduce_rows(loss, flat, ignore, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
@@ -115,15 +124,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
         cast: torch.dtype | None,
+        *options: Any,
     ) -> Tensor:
         dtype = cast or input.dtype
         x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
-        loss, lse = impl.forward(x, w, b, target, ignore_index, label_smoothing)
+        loss, lse = impl.forward(x, w, b, target, *options)
         ctx.save_for_backward(x, w, b, target, lse)
-        ctx.impl, ctx.options = impl, (ignore_index, label_smoothing)
+        ctx.impl, ctx.options = impl, options
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.input_dtype = input.dtype
         return loss
@@ -134,10 +142,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> Any:
         needs = ctx.needs_input_grad[1:4]
         dx, dw, db = ctx.impl.backward(
-            readable(dloss), *ctx.saved_tensors, *ctx.options, *ctx.dtypes, needs
+            readable(dloss), *ctx.saved_tensors, *ctx.dtypes, needs, *ctx.options
         )
         dx = None if dx is None else dx.to(ctx.input_dtype)
-        return None, dx, dw, db, None, None, None, None
+        return None, dx, dw, db, None, None, *(None for _ in ctx.options)
 
 
 class ReducedFunction(torch.autograd.Function):
@@ -154,14 +162,13 @@ class ReducedFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
         cast: torch.dtype | None,
         reduction: str,
+        *options: Any,
     ) -> Tensor:
         dtype = cast or input.dtype
         x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
-        options = (ignore_index, label_smoothing)
+        ignore_index = options[0]
         dtypes = (weight.dtype, None if bias is None else bias.dtype)
         needs = ctx.needs_input_grad[1:4]
         if not any(needs):
@@ -174,7 +181,7 @@ class ReducedFunction(torch.autograd.Function):
         acc = torch.promote_types(dtype, torch.float32)
         dloss = x.new_full((x.shape[0],), factor, dtype=acc)
         loss, lse, ctx.gradients = impl.loss_and_gradients(
-            x, w, b, target, dloss, *options, *dtypes, needs
+            x, w, b, target, dloss, *dtypes, needs, *options
         )
         ctx.save_for_backward(x, w, b, target, lse, dloss)
         ctx.impl, ctx.options, ctx.dtypes, ctx.input_dtype = impl, options, dtypes, input.dtype
@@ -189,8 +196,8 @@ class ReducedFunction(torch.autograd.Function):
         if gradients is None or not math.isfinite(scale):  # NaN stays out of ignored rows
             x, w, b, target, lse, dloss = ctx.saved_tensors
             gradients = ctx.impl.backward(
-                dloss * upstream, x, w, b, target, lse, *ctx.options, *ctx.dtypes,
-                ctx.needs_input_grad[1:4],
+                dloss * upstream, x, w, b, target, lse, *ctx.dtypes,
+                ctx.needs_input_grad[1:4], *ctx.options,
             )  # fmt: skip
         elif scale != 1.0:
             for gradient in gradients:
@@ -198,4 +205,4 @@ class ReducedFunction(torch.autograd.Function):
                     gradient.mul_(upstream)
         dx, dw, db = gradients
         dx = None if dx is None else dx.to(ctx.input_dtype)
-        return None, dx, dw, db, None, None, None, None, None
+        return None, dx, dw, db, None, None, None, *(None for _ in ctx.options)

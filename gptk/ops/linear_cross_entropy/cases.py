@@ -12,6 +12,18 @@ CASES: dict[str, dict[str, Any]] = {
     "bias_sum": dict(shape=(11, 8), V=13, bias=True, ignored=0.3, reduction="sum"),
     "none": dict(shape=(3, 5, 8), V=21, ignored=0.3, reduction="none"),
     "smoothing": dict(shape=(9, 6), V=10, bias=True, label_smoothing=0.2),
+    "softcap": dict(shape=(2, 7, 12), V=33, bias=True, softcap=2.0),
+    "z_loss": dict(shape=(10, 8), V=21, ignored=0.3, reduction="sum", z_loss=0.1),
+    "softcap_z_loss": dict(
+        shape=(3, 5, 8),
+        V=1100,
+        bias=True,
+        ignored=0.3,
+        label_smoothing=0.1,
+        reduction="none",
+        softcap=1.5,
+        z_loss=1e-2,
+    ),
 }
 BENCH: dict[str, dict[str, Any]] = {
     "char": dict(shape=(768, 128), V=65),
@@ -29,8 +41,9 @@ def inputs(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     seed: int = 0,
+    **options: float,
 ) -> dict[str, Any]:
-    """Keyword arguments of linear_cross_entropy."""
+    """Keyword arguments of linear_cross_entropy; `options`: softcap and z_loss."""
     C = shape[-1]
     return {
         "input": normal(shape, dtype, seed),
@@ -39,6 +52,7 @@ def inputs(
         "linear_bias": normal((V,), dtype, seed + 3) if bias else None,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
+        **options,
     }
 
 

@@ -41,11 +41,14 @@ def forward(
     target: Tensor,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), each (N,), for x (N, C), weight (V, C)."""
     losses, lses = [], []
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     for rows, logits in _Chunks(x, weight, bias).logits():
-        loss, lse = cross_entropy_forward(logits, target[rows], ignore_index, label_smoothing)
+        loss, lse = cross_entropy_forward(logits, target[rows], *options)
         losses.append(loss)
         lses.append(lse)
     return _joined(losses), _joined(lses)
@@ -58,15 +61,17 @@ def backward(
     bias: Tensor | None,
     target: Tensor,
     lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
     needs: tuple[bool, bool, bool],
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); the two sums over rows are kept in the accumulation dtype."""
     chunks = _Chunks(x, weight, bias, needs)
-    options = (ignore_index, label_smoothing)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     for rows, logits in chunks.logits():
         dlogits = chunks.in_place(logits)
         write_dlogits(dlogits, dloss[rows], logits, target[rows], lse[rows], *options)
@@ -80,16 +85,18 @@ def loss_and_gradients(
     bias: Tensor | None,
     target: Tensor,
     dloss: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
     needs: tuple[bool, bool, bool],
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """(loss, lse, gradients): forward and, for a dloss (N,) known beforehand, backward."""
     losses, lses = [], []
     chunks = _Chunks(x, weight, bias, needs)
-    options = (ignore_index, label_smoothing)
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     for rows, logits in chunks.logits():
         loss, lse = cross_entropy_forward(logits, target[rows], *options)
         dlogits = chunks.in_place(logits)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gptk.ops.cross_entropy.reference import cross_entropy
+
 CHUNK_ELEMENTS = 2**23  # logits that exist at one time
 
 
@@ -15,6 +17,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,  # (V,)
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target) per row, (N,)."""
     acc = torch.promote_types(input.dtype, torch.float32)
@@ -22,12 +26,8 @@ def linear_cross_entropy(
 
     def rows(x: Tensor, w: Tensor, b: Tensor | None, t: Tensor) -> Tensor:
         logits = F.linear(x, w.to(x.dtype), b).to(acc)
-        return F.cross_entropy(
-            logits,
-            t,
-            ignore_index=ignore_index,
-            reduction="none",
-            label_smoothing=label_smoothing,
+        return cross_entropy(
+            logits, t, None, ignore_index, "none", label_smoothing, softcap, z_loss
         )
 
     step = max(1, CHUNK_ELEMENTS // max(1, linear_weight.shape[0]))

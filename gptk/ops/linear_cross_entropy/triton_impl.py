@@ -52,12 +52,15 @@ def forward(
     target: Tensor,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), both (N,) in the accumulation dtype, for x (N, C), weight (V, C), bias (V,)."""
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     loss = x.new_empty(x.shape[0], dtype=ACC[x.dtype])
     lse = torch.empty_like(loss)
     for rows, logits in _chunks(x, weight):
-        losses(loss[rows], lse[rows], logits, bias, target[rows], ignore_index, label_smoothing)
+        losses(loss[rows], lse[rows], logits, bias, target[rows], *options)
         del logits  # before the next chunk is formed: one lives at a time
     return loss, lse
 
@@ -69,13 +72,16 @@ def backward(
     bias: Tensor | None,
     target: Tensor,
     lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
     needs: tuple[bool, bool, bool],
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); needs names those wanted, the others are None."""
+    options = (ignore_index, label_smoothing, softcap, z_loss)
     need_dx, need_dweight, need_dbias = needs
     acc = ACC[x.dtype]
     dx = torch.empty_like(x) if need_dx else None
@@ -83,16 +89,7 @@ def backward(
     dbias = weight.new_zeros(weight.shape[0], dtype=acc) if need_dbias else None
     for rows, logits in _chunks(x, weight):
         dlogits = logits if logits.dtype == x.dtype else torch.empty_like(logits, dtype=x.dtype)
-        logit_gradients(
-            dlogits,
-            dloss[rows],
-            logits,
-            bias,
-            target[rows],
-            lse[rows],
-            ignore_index,
-            label_smoothing,
-        )
+        logit_gradients(dlogits, dloss[rows], logits, bias, target[rows], lse[rows], *options)
         if dx is not None:
             dx[rows] = product(dlogits, weight, x.dtype)
         if dweight is not None and x.dtype == acc:
