@@ -91,9 +91,7 @@ def _run(name: str, *arguments: str) -> str:
 
 def parse_resources(text: str) -> tuple[int, int, int]:
     """(registers, stack, static shared memory) from what cuobjdump says of a kernel."""
-    found = [
-        re.search(rf"\b{name}:(\d+)", text) for name in ("REG", "STACK", "SHARED")
-    ]
+    found = [re.search(rf"\b{name}:(\d+)", text) for name in ("REG", "STACK", "SHARED")]
     if not all(found):
         raise ValueError(f"cuobjdump names no registers, stack and shared memory: {text!r}")
     registers, stack, static = (int(match[1]) for match in found if match)
@@ -106,8 +104,8 @@ OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]
 def count(sass: str) -> dict[str, int]:
     """Instructions of interest in what nvdisasm prints.
 
-    load128, store128: 16 bytes of global memory per thread, cp.async included; load, store: narrower
-    ones; tma: bulk copies by descriptor; local: local memory.
+    load128, store128: 16 bytes of global memory per thread, cp.async included; load, store:
+    narrower ones; tma: bulk copies by descriptor; local: local memory.
     """
     counts = collections.Counter[str]()
     for opcode in OPCODE.findall(sass):

@@ -27,36 +27,49 @@ Named = Iterator[tuple[str, Launches]]
 
 
 def _attention() -> Named:
-    plain = {"causal": True, "dropout_p": 0.0, "window": None, "group": 1}
+    plain = {"causal": True, "dropout_p": 0.0, "window": None, "group": 1, "packed": False}
     variants = {
         "causal": plain,
         "causal dropout": {**plain, "dropout_p": 0.1},
         "full": {**plain, "causal": False},
         "window, 4 heads share k, v": {**plain, "window": 1024, "group": 4},
+        "packed, 4 heads share k, v": {**plain, "group": 4, "packed": True},
     }
     for D in (64, 128, 256):
         for name, variant in variants.items():
-            for dtype in SHORT:
-                if dtype is torch.bfloat16 or (name.startswith("causal") and D * dtype.itemsize < 1024):
-                    yield f"attention D {D} {name} {SHORT[dtype]}", partial(_attend, D, dtype, **variant)
+            yield f"attention D {D} {name} bf16", partial(_attend, D, torch.bfloat16, **variant)
+    yield "attention D 64 causal fp16", partial(_attend, 64, torch.float16, **plain)
+    for D in (64, 128):
+        for name in ("causal", "causal dropout"):
+            case = f"attention D {D} {name} fp32"
+            yield case, partial(_attend, D, torch.float32, **variants[name])
 
 
 def _attend(
-    D: int, dtype: torch.dtype, causal: bool, dropout_p: float, window: int | None, group: int
+    D: int,
+    dtype: torch.dtype,
+    causal: bool,
+    dropout_p: float,
+    window: int | None,
+    group: int,
+    packed: bool,
 ) -> None:
     from gptk.ops.attention import triton_impl as attention
+    from gptk.ops.attention.ranges import ranges
 
     T = 64 if window is None else 2 * window
     q = torch.zeros((1, T, 4, D), dtype=dtype).transpose(1, 2)
     k = torch.zeros((1, T, 4 // group, D), dtype=dtype).transpose(1, 2)
+    ends = torch.tensor([0, 24, T])
+    seen = ranges((ends, ends), T, T, causal, window) if packed else None
     options = (causal, D**-0.5, dropout_p, SEED, window)
-    out, lse = attention.forward(q, k, k, *options)
-    attention.backward(out, q, k, k, out, lse, *options, (True, True, True))
+    out, lse = attention.forward(q, k, k, *options, seen)
+    attention.backward(out, q, k, k, out, lse, *options, (True, True, True), ranges=seen)
 
 
 def _layer_norm() -> Named:
-    for N in (128, 768, 1600, 4096, 8192, 65536):
-        for dtype in (torch.bfloat16, torch.float32):
+    for N in (128, 768, 1600, 4096, 65536):
+        for dtype in (torch.bfloat16, torch.float32) if N in (768, 65536) else (torch.bfloat16,):
             yield f"layer_norm N {N} {SHORT[dtype]}", partial(_normalise, N, dtype, False, 0.0)
             name = f"layer_norm N {N} residual dropout {SHORT[dtype]}"
             yield name, partial(_normalise, N, dtype, True, 0.1)

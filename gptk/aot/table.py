@@ -14,7 +14,9 @@ ARCHITECTURES = (80, 90, 100)
 """Compute capabilities that the table is made for: A100, H100, B200."""
 
 
-def rows(arch: int, names: Sequence[str], say: Callable[[str], object] = lambda _: None) -> list[Row]:
+def rows(
+    arch: int, names: Sequence[str], say: Callable[[str], object] = lambda _: None
+) -> list[Row]:
     """One row per case and kernel, compiled in this process; `say` is told each case's name."""
     from gptk.aot.compile import compiling
     from gptk.aot.shipping import cases
@@ -54,9 +56,8 @@ def faults(found: Sequence[Row]) -> list[str]:
     said = []
     for row in found:
         if row["spills"] or row["stack"]:
-            said.append(
-                f"{place(row)}: {row['spills']} accesses of local memory, {row['stack']} bytes of stack"
-            )
+            what = f"{row['spills']} accesses of local memory, {row['stack']} bytes of stack"
+            said.append(f"{place(row)}: {what}")
         if not row["occupancy"]:
             said.append(f"{place(row)}: no block fits ({row['shared']:,} bytes of shared memory)")
     return said

@@ -9,6 +9,7 @@ arithmetic with the same result when interpreted.
 """
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def why_not(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"device {device_type}: compiled kernels take cuda tensors; {remedy}"
     return None
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability that kernels are compiled for, 80 for 8.0; 0 in the interpreter."""
+    if INTERPRETED.value:
+        return 0
+    if device.type == "cuda":
+        return _capability(device)
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(

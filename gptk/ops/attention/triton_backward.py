@@ -14,7 +14,7 @@ from gptk.ops.attention import triton_dkdv, triton_dq
 from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_dkdv import attention_dkdv_kernel
 from gptk.ops.attention.triton_dq import attention_delta_kernel, attention_dq_kernel
-from gptk.ops.triton_launch import dropout_arguments, launch, split_seed
+from gptk.ops.triton_launch import architecture, dropout_arguments, launch, split_seed
 
 
 def backward(
@@ -38,7 +38,7 @@ def backward(
     whom in place of causal and window."""
     B, H, Tq, D = q.shape
     Hkv, Tk, DV = v.shape[1:]
-    width, itemsize = max(D, DV), q.element_size()
+    asked = (max(D, DV), q.dtype, dropout_p > 0.0, architecture(q.device))
     block_dv = max(16, triton.next_power_of_2(DV))
     delta = torch.empty_like(lse)
     launch(
@@ -78,7 +78,7 @@ def backward(
     }
     dq = dk = dv = None
     if needs[0]:
-        block_q, block_k, num_warps, num_stages = triton_dq.launch_config(width, itemsize)
+        block_q, block_k, num_warps, num_stages = triton_dq.launch_config(*asked)
         dq = _empty_like(q) if into is None else into[0]
         arguments = (dq, dout, q, k, v, lse, delta)
         launch(
@@ -96,9 +96,7 @@ def backward(
             **meta,
         )
     if needs[1] or needs[2]:
-        block_q, block_k, num_warps, num_stages = triton_dkdv.launch_config(
-            width, itemsize, dropout_p > 0.0
-        )
+        block_q, block_k, num_warps, num_stages = triton_dkdv.launch_config(*asked)
         dk, dv = (_empty_like(k), _empty_like(v)) if into is None else into[1:]
         pointers = (dk, dv, dout, q, k, v, lse, delta)
         launch(

@@ -4,6 +4,7 @@ dk = ds^T q scale, dv = p^T dout: see triton_backward. The heads that share a ke
 inside the program, in order, so no atomics are needed.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,17 +24,12 @@ from gptk.ops.attention.triton_tiles import (
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
 from gptk.ops.triton_launch import narrow
+from gptk.ops.tuning import tuned
 
 
-def launch_config(D: int, itemsize: int, dropout: bool) -> tuple[int, int, int, int]:
+def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple[int, ...]:
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
-    if itemsize == 2:
-        if D <= 64:
-            return 32, 32 if dropout else 64, 4, 2  # the mask's words take registers
-        return (64, 32, 8, 2) if D <= 128 else (32, 16, 8, 1)
-    if itemsize == 4:
-        return (32, 32, 8, 1) if D <= 64 else (16, 32, 8, 1) if D <= 128 else (16, 16, 8, 1)
-    return 16, 16, 4, 1
+    return tuned("attention", "dkdv", arch, 8 * dtype.itemsize, D, dropout)
 
 
 @triton.jit
@@ -75,7 +71,7 @@ def _dkdv_tile(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(dk, dv, bad), the first two without their factors, plus what the queries start .. start + BLOCK_Q - 1 give.
+    """(dk, dv, bad) plus what the queries start .. start + BLOCK_Q - 1 give, without the factors.
 
     Scores are held transposed, (BLOCK_K, BLOCK_Q), so that p^T and ds^T are operands as they are.
     """

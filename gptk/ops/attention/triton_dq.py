@@ -3,6 +3,7 @@
 ds = p (dout v^T - delta), dq = ds k scale: see triton_backward. The delta kernel goes before.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,15 +22,12 @@ from gptk.ops.attention.triton_tiles import (
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
 from gptk.ops.triton_launch import narrow, widen
+from gptk.ops.tuning import tuned
 
 
-def launch_config(D: int, itemsize: int) -> tuple[int, int, int, int]:
+def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple[int, ...]:
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
-    if itemsize == 2:
-        return (64, 32, 4, 2) if D <= 64 else (64, 32, 8, 2) if D <= 128 else (32, 16, 8, 1)
-    if itemsize == 4:
-        return (32, 32, 8, 1) if D <= 64 else (32, 16, 8, 1) if D <= 128 else (16, 16, 8, 1)
-    return 16, 16, 4, 1
+    return tuned("attention", "dq", arch, 8 * dtype.itemsize, D, dropout)
 
 
 @triton.jit(do_not_specialize=["H", "Tq"])

@@ -33,24 +33,23 @@ from gptk.ops.attention.triton_tiles import (
     within,
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
-from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split_seed, why_not
+from gptk.ops.triton_launch import (
+    ACC,
+    architecture,
+    dropout_arguments,
+    launch,
+    narrow,
+    split_seed,
+    why_not,
+)
+from gptk.ops.tuning import tuned
 
 __all__ = ["backward", "forward", "launch_config", "unsupported"]
 
 
-def launch_config(D: int, itemsize: int, dropout: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes.
-
-    Without register spills on sm_80 and sm_90 where D is 64, 128 or 256, and within the 99 KiB of
-    shared memory that sm_86 and sm_89 give a program.
-    """
-    if itemsize == 2:
-        if D <= 64:
-            return 128, 32 if dropout else 64, 8, 3  # the mask's words take registers
-        return (128, 32, 8, 2) if D <= 128 else (64, 32, 8, 2)
-    if itemsize == 4:
-        return (32, 32, 8, 2) if D <= 64 else (32, 16, 8, 1) if D <= 128 else (16, 16, 8, 1)
-    return (32, 32, 4, 1) if D <= 64 else (16, 16, 4, 1)
+def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple[int, ...]:
+    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
+    return tuned("attention", "forward", arch, 8 * dtype.itemsize, D, dropout)
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def _forward_tile(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One step of the online softmax: (acc, norm, top, bad) after the keys start .. start+BLOCK_K-1."""
+    """One step of the online softmax: (acc, norm, top, bad) after BLOCK_K keys from `start` on."""
     k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
     v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), acc.dtype)) * factor
@@ -253,7 +252,7 @@ def forward(
     out = torch.empty_strided((B, H, Tq, DV), strides, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
     block_q, block_k, num_warps, num_stages = launch_config(
-        max(D, DV), q.element_size(), dropout_p > 0.0
+        max(D, DV), q.dtype, dropout_p > 0.0, architecture(q.device)
     )
     launch(
         _attention_forward_kernel,
