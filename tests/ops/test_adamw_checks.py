@@ -137,7 +137,7 @@ def test_scalars_come_to_the_device_of_the_parameters(monkeypatch):
         __name__ = "fake.reference"
 
         @staticmethod
-        def update(params, grads, m, v, masters, steps, lr, decay, b1, b2, eps, by, skip):
+        def update(params, grads, m, v, masters, steps, lr, decay, b1, b2, eps, by, skip, rounding):
             seen.extend(x.device for x in (by, skip, *lr, *decay))
 
     monkeypatch.setattr(op, "resolve", lambda *_: Fake)

@@ -27,6 +27,7 @@ KERNELS = (
     "cross_entropy-backward",
     "adamw-prepare",
     "adamw-update",
+    "adamw-stochastic",
     "adamw-norm_partial",
     "adamw-norm",
 )
@@ -36,6 +37,8 @@ WIDE = (
     "linear-backward",
     "cross_entropy-backward",
     "adamw-update",
+    "adamw-stochastic",
+    "adamw-norm_partial",
 )
 
 
@@ -59,11 +62,15 @@ def launches(dtype):
     moment = gelu.TL[torch.float32] if half else tl_dtype
     update = dict(
         GRAD=tl_dtype, PARAM=tl_dtype, EXP_AVG=moment, EXP_AVG_SQ=moment, HAS_MASTER=half,
-        HAS_SKIP=True, ALIGNED=True, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config(),
+        HAS_SKIP=True, STOCHASTIC=False, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config(),
     )  # fmt: skip
-    norm = dict(
-        GRAD=tl_dtype, ALIGNED=True, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config()
-    )
+    single, small = gelu.TL[torch.float32], gelu.TL[torch.bfloat16]
+    stochastic = update | dict(
+        PARAM=small, EXP_AVG=single, EXP_AVG_SQ=single, HAS_MASTER=False, STOCHASTIC=True,
+        ACC=single,
+    )  # fmt: skip
+    numbers = ["i32", "i32", "i32", "i32", "fp64", "fp64", "fp64"]
+    norm = dict(GRAD=tl_dtype, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config())
     table = ["*i64", "*fp64", "*fp64", "*fp32"]
     return {
         "gelu-forward": (gelu._gelu_forward_kernel, [x, x, "i32"], flat),
@@ -90,7 +97,8 @@ def launches(dtype):
             ["*fp64", "*i64", "*fp64", "*fp32", "i32", "fp64", "fp64"],
             dict(HAS_SKIP=True, BLOCK=128),
         ),
-        "adamw-update": (adamw._update_kernel, [*table, "i32", "i32", *["fp64"] * 3], update),
+        "adamw-update": (adamw._update_kernel, [*table, *numbers], update),
+        "adamw-stochastic": (adamw._update_kernel, [*table, *numbers], stochastic),
         "adamw-norm_partial": (
             adamw._norm_partial_kernel,
             ["*fp64", "*i64", "i32", "i32"],
@@ -147,7 +155,8 @@ def test_compiles_with_wide_accesses(arch, tmp_path):
     for dtype, kernels in found.items():
         assert tuple(kernels) == KERNELS
         for name in WIDE:
-            assert kernels[name] == {"ld": 128, "st": 128}, (dtype, name, kernels[name])
+            stores = 64 if name == "adamw-norm_partial" else 128  # one number for each block
+            assert kernels[name] == {"ld": 128, "st": stores}, (dtype, name, kernels[name])
 
 
 if __name__ == "__main__":
