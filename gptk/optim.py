@@ -119,26 +119,27 @@ class AdamW(torch.optim.Optimizer):
         states: dict[Tensor, dict[str, Any]] = {}
         plans = []
         for (_, _, betas, eps, seed), rows in batches.items():
-            own = [self._state(p, seed is not None) for _, p, _, _ in rows]
-            states.update(zip((p for _, p, _, _ in rows), own, strict=True))
+            numbers, params, grads, groups = zip(*rows, strict=True)
+            own = [self._state(p, seed is not None) for p in params]
+            states.update(zip(params, own, strict=True))
             plans.append(
                 plan(
-                    [p for _, p, _, _ in rows],
-                    [g for _, _, g, _ in rows],
+                    params,
+                    grads,
                     [s["exp_avg"] for s in own],
                     [s["exp_avg_sq"] for s in own],
                     [s["step"] for s in own],
-                    lr=[group["lr"] for _, _, _, group in rows],
+                    lr=[group["lr"] for group in groups],
                     betas=betas,
                     eps=eps,
-                    weight_decay=[group["weight_decay"] for _, _, _, group in rows],
+                    weight_decay=[group["weight_decay"] for group in groups],
                     max_grad_norm=self.max_grad_norm,
                     grad_scale=scale,
                     found_inf=found,
                     masters=[s.get("master") for s in own],
                     stochastic_rounding=seed is not None,
                     seed=seed,
-                    rows=[number for number, _, _, _ in rows],
+                    rows=numbers,
                     backend=self.backend,
                 )
             )

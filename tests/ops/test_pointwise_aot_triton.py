@@ -69,7 +69,7 @@ def launches(dtype):
         PARAM=small, EXP_AVG=single, EXP_AVG_SQ=single, HAS_MASTER=False, STOCHASTIC=True,
         ACC=single,
     )  # fmt: skip
-    numbers = ["i32", "i32", "i32", "i32", "fp64", "fp64", "fp64"]
+    numbers = [*["i32"] * 5, *["fp64"] * 3]
     norm = dict(GRAD=tl_dtype, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config())
     table = ["*i64", "*fp64", "*fp64", "*fp32"]
     return {

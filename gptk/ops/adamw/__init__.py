@@ -168,7 +168,9 @@ def plan(
 def _scalars(values: Any, count: int, device: torch.device) -> list[float | Tensor]:
     """One for each parameter; a tensor stays on the host, where it is read, or comes to them."""
     each = list(values) if isinstance(values, Sequence) else [values] * count
-    return [x.to(device) if isinstance(x, Tensor) and x.device.type != "cpu" else x for x in each]
+    moved = {id(x): x for x in each if isinstance(x, Tensor) and x.device.type != "cpu"}
+    moved = {key: x.to(device, non_blocking=True) for key, x in moved.items()}  # each once
+    return [moved.get(id(x), x) for x in each] if moved else each
 
 
 def _check(lists: dict[str, Sequence[Any]]) -> None:
@@ -183,9 +185,11 @@ def _check(lists: dict[str, Sequence[Any]]) -> None:
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "step"):
         _same(name, "device", [t.device for t in lists[name]], [device] * count)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        for i, t in enumerate(lists[name]):
-            if t.dtype not in FLOATS:
-                raise ValueError(f"adamw_: {name}[{i}] is {t.dtype}, not of {FLOATS}")
+        odd = {t.dtype for t in lists[name]}.difference(FLOATS)
+        if odd:
+            i = next(i for i, t in enumerate(lists[name]) if t.dtype in odd)
+            allowed = ", ".join(map(str, FLOATS))
+            raise ValueError(f"adamw_: {name}[{i}] is {lists[name][i].dtype}, not one of {allowed}")
     moments = [m.dtype for m in lists["exp_avgs"]]
     _same("exp_avg_sqs", "dtype", [v.dtype for v in lists["exp_avg_sqs"]], moments)
     _same("step", "shape", [t.shape for t in lists["step"]], [torch.Size()] * count)

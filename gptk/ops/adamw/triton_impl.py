@@ -30,7 +30,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptk.ops.adamw.triton_tables import BLOCK, COLUMNS, Scalar, Scalars, launches, send
+from gptk.ops.adamw.triton_tables import (
+    BLOCK,
+    COLUMNS,
+    Scalar,
+    Scalars,
+    addresses,
+    launches,
+    send,
+)
 from gptk.ops.gelu.triton_impl import TL
 from gptk.ops.philox_triton import philox_key, word_tile
 from gptk.ops.triton_launch import ACC, INTERPRETED, launch, narrow, split_seed, why_not, widen
@@ -159,14 +167,15 @@ def _aligned(address, DTYPE: tl.constexpr):
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
-@triton.jit(do_not_specialize=["tensors", "halvings", "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["tensors", "halvings", "multiplier_slot", "seed_low", "seed_high"])
 def _update_kernel(
     table_ptr,  # (tensors, COLUMNS) int64
     coefficients_ptr,  # (parameters, 4) float64
-    values_ptr,  # float64; slot 0 is the gradient multiplier
+    values_ptr,  # float64, of which one is the gradient multiplier
     skip_ptr,  # (), read with HAS_SKIP
     tensors,
     halvings,
+    multiplier_slot,
     seed_low,
     seed_high,
     beta1: tl.float64,
@@ -198,7 +207,7 @@ def _update_kernel(
         keep = tl.load(own_ptr).to(ACC)
         step_size = tl.load(own_ptr + 1).to(ACC)
         inverse = tl.load(own_ptr + 2).to(ACC)
-        multiplier = tl.load(values_ptr).to(ACC)
+        multiplier = tl.load(values_ptr + multiplier_slot).to(ACC)
         # 1 - beta in float64: 1 - 0.999 in float32 is off by 1e-5
         b1, rest1 = tl.full((), beta1, tl.float64), tl.full((), 1.0 - beta1, tl.float64)
         b2, rest2 = tl.full((), beta2, tl.float64), tl.full((), 1.0 - beta2, tl.float64)
@@ -278,7 +287,7 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
 
 def norm(grads: list[Tensor]) -> Tensor:
     """The L2 norm of all gradients together: 0-dim float64, never overflowing for float32 ones."""
-    work = launches([g.dtype for g in grads], [g.numel() for g in grads], [grads])
+    work = launches([g.dtype for g in grads], [g.numel() for g in grads], [addresses(grads)])
     if not work:
         return torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
     device = grads[0].device
@@ -329,11 +338,8 @@ def update(
     if not params:
         return
     device, count = params[0].device, len(params)
-    scalars = Scalars()
-    scalars.slot(grad_multiplier)  # slot 0
-    prepare = np.array(
-        [[s.data_ptr() for s in steps], scalars.slots(lr), scalars.slots(weight_decay)], np.int64
-    )
+    scalars = Scalars([grad_multiplier], lr, weight_decay)
+    prepare = np.array([addresses(steps), scalars.slots(lr), scalars.slots(weight_decay)], np.int64)
     seed, places = (0, None) if rounding is None else rounding
     low, high = split_seed(seed, device)
     tensors = (grads, params, exp_avgs, exp_avg_sqs)
@@ -341,7 +347,7 @@ def update(
     work = launches(
         list(zip(*([t.dtype for t in ts] for ts in tensors), has_master, strict=True)),
         [p.numel() for p in params],
-        (*tensors, masters),
+        [*map(addresses, tensors), [0 if m is None else m.data_ptr() for m in masters]],
         places,
     )
     *tables, prepared, sent = send(
@@ -376,6 +382,7 @@ def update(
             skip,
             len(rows),
             (len(rows) - 1).bit_length(),
+            *scalars.slots([grad_multiplier]),
             low,
             high,
             beta1,

@@ -6,7 +6,7 @@ than the update does on the device.
 """
 
 from collections.abc import Hashable, Sequence
-from itertools import pairwise
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,20 +32,28 @@ class Launch(NamedTuple):
     blocks: int
 
 
+_data_ptr = methodcaller("data_ptr")
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(_data_ptr, tensors))
+
+
 def launches(
     keys: Sequence[Hashable],
     numels: Sequence[int],
-    tensors: Sequence[Sequence[Tensor | None]],
+    pointers: Sequence[Sequence[int]],
     rows: Sequence[int] | None = None,
 ) -> list[Launch]:
-    """One launch for each distinct key that has elements; `tensors`, numels and rows by index."""
+    """One launch for each distinct key that has elements; the lists run over the parameters,
+    `pointers` being the lists of the last columns."""
     table = np.zeros((len(keys), COLUMNS), np.int64)
     table[:, 1] = numels
     table[:, 2] = np.arange(len(keys))
     if rows is not None:
         table[:, 3] = rows
-    for column, column_tensors in enumerate(tensors, 4):
-        table[:, column] = [0 if t is None else t.data_ptr() for t in column_tensors]
+    for column, values in enumerate(pointers, 4):
+        table[:, column] = values
     members: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         members.setdefault(key, []).append(index)
@@ -60,46 +68,48 @@ def launches(
 
 
 class Scalars:
-    """Distinct scalars of a call, as slots of one float64 array."""
+    """Distinct scalars of a call, as slots of one float64 array: first those that the host knows.
 
-    def __init__(self) -> None:
-        self.known: dict[Hashable, int] = {}
-        self.values: list[float] = []
-        self.on_device: list[tuple[int, Tensor]] = []
+    A 0-dim tensor on the device is not read by the host; it is copied there.
+    """
 
-    def slot(self, value: Scalar) -> int:
-        """The slot of a float, or of a 0-dim tensor, which is not read on the host."""
-        there = isinstance(value, Tensor) and value.device.type != "cpu"
-        number = 0.0 if there else float(value)
-        key: Hashable = ("tensor", id(value)) if there else number
-        if key not in self.known:
-            self.known[key] = len(self.values)
-            if isinstance(value, Tensor) and there:
-                self.on_device.append((len(self.values), value))
-            self.values.append(number)
-        return self.known[key]
+    def __init__(self, *lists: Sequence[Scalar]) -> None:
+        distinct: dict[int, Scalar] = {}  # few objects, many times
+        for values in lists:
+            distinct.update(zip(map(id, values), values, strict=True))
+        self.on_device = [
+            x for x in distinct.values() if isinstance(x, Tensor) and x.device.type != "cpu"
+        ]
+        there = {id(x): i for i, x in enumerate(self.on_device)}
+        numbers = {key: float(x) for key, x in distinct.items() if key not in there}
+        self.on_host = list(dict.fromkeys(numbers.values()))
+        slot = {number: i for i, number in enumerate(self.on_host)}
+        self._slot = {key: slot[number] for key, number in numbers.items()}
+        self._slot |= {key: len(self.on_host) + i for key, i in there.items()}
 
     def slots(self, values: Sequence[Scalar]) -> list[int]:
-        """Of each value; most of them are the same few objects."""
-        slot_of = {key: self.slot(x) for key, x in {id(x): x for x in values}.items()}
-        return [slot_of[id(x)] for x in values]
+        """Of each of the very objects that were given."""
+        return list(map(self._slot.__getitem__, map(id, values)))
 
     def array(self) -> Array:
-        return np.array(self.values, np.float64).view(np.int64)
+        return np.array(self.on_host, np.float64).view(np.int64)
 
     def complete(self, sent: Tensor) -> Tensor:
-        """The sent array as float64, with what is on the device copied into it there."""
+        """All slots on the device, from what was sent of `array`."""
         values = sent.view(torch.float64)
-        for slot, value in self.on_device:
-            values[slot].copy_(value.detach().reshape(()))
+        if self.on_device:
+            values = torch.cat([values, *(x.detach().reshape(1).double() for x in self.on_device)])
         return values
 
 
 def send(parts: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """Each part, flat, as a part of one int64 tensor on the device."""
-    host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+    """Each part, flat, as a part of one int64 tensor on the device, at a multiple of 16 bytes."""
+    starts = [0, *np.cumsum([part.size + part.size % 2 for part in parts]).tolist()]
+    flat = np.zeros(starts[-1], np.int64)
+    for first, part in zip(starts, parts, strict=False):
+        flat[first : first + part.size] = part.reshape(-1)
+    host = torch.from_numpy(flat)
     if device.type == "cuda":
         host = host.pin_memory()
     sent = host.to(device, non_blocking=True)
-    ends = [0, *np.cumsum([part.size for part in parts]).tolist()]
-    return [sent[first:end] for first, end in pairwise(ends)]
+    return [sent[first : first + p.size] for first, p in zip(starts, parts, strict=False)]
