@@ -30,6 +30,7 @@ KERNELS = (
     "adamw-stochastic",
     "adamw-norm_partial",
     "adamw-norm",
+    "adamw-factors",
 )
 WIDE = (
     "gelu-forward",
@@ -47,6 +48,7 @@ def launches(dtype):
     import torch
 
     from gptk.ops.adamw import triton_impl as adamw
+    from gptk.ops.adamw import triton_norm
     from gptk.ops.cross_entropy import triton_impl as cross_entropy
     from gptk.ops.gelu import triton_impl as gelu
     from gptk.ops.linear import triton_impl as linear
@@ -69,7 +71,7 @@ def launches(dtype):
         PARAM=small, EXP_AVG=single, EXP_AVG_SQ=single, HAS_MASTER=False, STOCHASTIC=True,
         ACC=single,
     )  # fmt: skip
-    numbers = [*["i32"] * 5, *["fp64"] * 3]
+    numbers = [*["i32"] * 4, *["fp64"] * 3]
     norm = dict(GRAD=tl_dtype, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config())
     table = ["*i64", "*fp64", "*fp64", "*fp32"]
     return {
@@ -100,11 +102,16 @@ def launches(dtype):
         "adamw-update": (adamw._update_kernel, [*table, *numbers], update),
         "adamw-stochastic": (adamw._update_kernel, [*table, *numbers], stochastic),
         "adamw-norm_partial": (
-            adamw._norm_partial_kernel,
+            triton_norm._norm_partial_kernel,
             ["*fp64", "*i64", "i32", "i32"],
             norm,
         ),
-        "adamw-norm": (adamw._norm_kernel, ["*fp64", "*fp64", "i32"], dict(BLOCK=1024)),
+        "adamw-norm": (triton_norm._norm_kernel, ["*fp64", "*fp64", "i32"], dict(BLOCK=1024)),
+        "adamw-factors": (
+            triton_norm._factors_kernel,
+            ["*fp64", "*i1", "*fp64", "*fp32", "*fp32", "fp64"],
+            dict(HAS_NORM=True, SCALED=True, HAS_SCALE=True, HAS_FOUND=True),
+        ),
     }
 
 

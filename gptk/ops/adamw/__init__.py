@@ -141,15 +141,10 @@ def plan(
             for x in (norm, grad_scale, found_inf)
         )
         dense = [readable(g) for g in grads]
-        skip = None if found is None else found.reshape(()) != 0
-        multiplier: float | Tensor = 1.0 if scale is None else 1.0 / scale
-        if max_grad_norm is not None:
-            if norm is None:
-                norm = impl.norm(dense) if scale is None else impl.norm(dense) * multiplier
-            bad = norm * 0.0 != 0.0  # of infinity and NaN it is NaN
-            skip = bad if skip is None else skip | bad
-            clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            multiplier = clip if scale is None else multiplier * clip
+        own = norm is None and max_grad_norm is not None
+        if own:
+            norm = impl.norm(dense)
+        norm, skip, multiplier = impl.factors(norm, own, scale, found, max_grad_norm)
         changed = (params, exp_avgs, exp_avg_sqs, kept)
         work = [[None if t is None else t.contiguous() for t in ts] for ts in changed]
         numbers = (*betas, eps, multiplier, skip, rounding)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from gptk.native import DTYPE, MASK64, empty, load, threads
+from gptk.ops.adamw.reference import factors
+
+__all__ = ["factors", "norm", "unsupported", "update"]
 
 # struct gptk_adamw_tensor: param, exp_avg, exp_avg_sq, master, step, grad, numel, row, lr,
 # weight_decay, param_dtype, state_dtype, grad_dtype, stochastic

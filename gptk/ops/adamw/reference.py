@@ -17,6 +17,26 @@ def norm(grads: Sequence[Tensor]) -> Tensor:
     return total.sqrt()
 
 
+def factors(
+    norm: Tensor | None,
+    scaled: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float | None,
+) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
+    """(norm, skip, multiplier): the norm of the gradients over grad_scale (`scaled`: the one given
+    is not over it yet), whether to skip the update, and what to multiply each gradient by."""
+    skip = None if found_inf is None else found_inf.reshape(()) != 0
+    multiplier = 1.0 if grad_scale is None else 1.0 / grad_scale.reshape(())
+    if norm is None or max_grad_norm is None:
+        return norm, skip, multiplier
+    if scaled and grad_scale is not None:
+        norm = norm * multiplier
+    bad = norm * 0.0 != 0.0  # of infinity and NaN it is NaN
+    clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm, bad if skip is None else skip | bad, clip * multiplier
+
+
 def update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

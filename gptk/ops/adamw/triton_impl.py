@@ -15,10 +15,9 @@ update several times.
 Stochastic rounding of bfloat16 parameters: see gptk.random. A tensor's counters are its elements'
 indices, and blocks begin at multiples of four, so a program draws four neighbours at a time.
 
-norm: squares are summed in float64, per block and then by one program in order: a tree fixed by
-the shapes. No float atomics anywhere. Traffic of an update: g read, p, m, v (and the master) read
-and written, once. The table holds addresses, so a call cannot be captured in a CUDA graph, and the
-interpreter takes CPU tensors only.
+Traffic of an update: g read, p, m, v (and the master) read and written, once. The table holds
+addresses, so a call cannot be captured in a CUDA graph, and the interpreter takes CPU tensors only.
+A step that clips takes five launches: the norm two, its factors, the coefficients, the update.
 """
 
 import math
@@ -30,12 +29,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptk.ops.adamw.triton_norm import factors, norm
 from gptk.ops.adamw.triton_tables import (
-    BLOCK,
     COLUMNS,
     Scalar,
     Scalars,
     addresses,
+    aligned,
+    find_row,
+    launch_config,
     launches,
     send,
 )
@@ -43,23 +45,7 @@ from gptk.ops.gelu.triton_impl import TL
 from gptk.ops.philox_triton import philox_key, word_tile
 from gptk.ops.triton_launch import ACC, INTERPRETED, launch, narrow, split_seed, why_not, widen
 
-
-def launch_config() -> dict[str, int]:
-    """Block and warps of the kernels that run over elements."""
-    return {"BLOCK": BLOCK, "num_warps": 8}
-
-
-@triton.jit
-def _find_row(table_ptr, block, tensors, halvings, COLUMNS: tl.constexpr):
-    """The last row whose first block is <= block, by bisection; empty tensors are never it."""
-    low = block * 0  # first block of `low` <= block < first block of `high`
-    high = low + tensors
-    for _ in range(halvings):
-        middle = (low + high) // 2
-        before = tl.load(table_ptr + middle * COLUMNS) <= block
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return table_ptr + low * COLUMNS
+__all__ = ["factors", "norm", "unsupported", "update"]
 
 
 @triton.jit
@@ -161,21 +147,14 @@ def _update_block(
         tl.store(master_ptr + at, p, mask=inside)
 
 
-@triton.jit
-def _aligned(address, DTYPE: tl.constexpr):
-    """The address as a pointer that is known to be a multiple of 16, for 128-bit accesses."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-
-
-@triton.jit(do_not_specialize=["tensors", "halvings", "multiplier_slot", "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["tensors", "halvings", "seed_low", "seed_high"])
 def _update_kernel(
     table_ptr,  # (tensors, COLUMNS) int64
     coefficients_ptr,  # (parameters, 4) float64
-    values_ptr,  # float64, of which one is the gradient multiplier
+    multiplier_ptr,  # (): what to multiply each gradient by
     skip_ptr,  # (), read with HAS_SKIP
     tensors,
     halvings,
-    multiplier_slot,
     seed_low,
     seed_high,
     beta1: tl.float64,
@@ -194,7 +173,7 @@ def _update_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     if _is_live(skip_ptr, HAS_SKIP):
-        row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
+        row_ptr = find_row(table_ptr, block, tensors, halvings, COLUMNS)
         start = (block - tl.load(row_ptr)) * BLOCK
         n = tl.load(row_ptr + 1)
         at = start + tl.arange(0, BLOCK)
@@ -207,7 +186,7 @@ def _update_kernel(
         keep = tl.load(own_ptr).to(ACC)
         step_size = tl.load(own_ptr + 1).to(ACC)
         inverse = tl.load(own_ptr + 2).to(ACC)
-        multiplier = tl.load(values_ptr + multiplier_slot).to(ACC)
+        multiplier = widen(tl.load(multiplier_ptr), ACC)
         # 1 - beta in float64: 1 - 0.999 in float32 is off by 1e-5
         b1, rest1 = tl.full((), beta1, tl.float64), tl.full((), 1.0 - beta1, tl.float64)
         b2, rest2 = tl.full((), beta2, tl.float64), tl.full((), 1.0 - beta2, tl.float64)
@@ -219,11 +198,11 @@ def _update_kernel(
             t = tl.load(own_ptr + 3).to(tl.int64).to(tl.uint32)
             row = tl.load(row_ptr + 3) + tl.zeros((1,), tl.int64)
             words = word_tile(key_low, key_high, row, start, t, BLOCK).reshape(BLOCK)
-        aligned = ((grad | param | exp_avg | exp_avg_sq | master) & 15) == 0
-        if (start + BLOCK <= n) & aligned:  # no mask, so wide accesses
+        wide = ((grad | param | exp_avg | exp_avg_sq | master) & 15) == 0
+        if (start + BLOCK <= n) & wide:  # no mask, so wide accesses
             _update_block(
-                _aligned(grad, GRAD), _aligned(param, PARAM), _aligned(exp_avg, EXP_AVG),
-                _aligned(exp_avg_sq, EXP_AVG_SQ), _aligned(master, tl.float32), at, None, words,
+                aligned(grad, GRAD), aligned(param, PARAM), aligned(exp_avg, EXP_AVG),
+                aligned(exp_avg_sq, EXP_AVG_SQ), aligned(master, tl.float32), at, None, words,
                 multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small,
                 HAS_MASTER, STOCHASTIC, ACC,
             )  # fmt: skip
@@ -237,45 +216,6 @@ def _update_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tensors", "halvings"])
-def _norm_partial_kernel(
-    partial_ptr,  # (blocks,) float64
-    table_ptr,  # (tensors, COLUMNS) int64
-    tensors,
-    halvings,
-    GRAD: tl.constexpr,
-    ACC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0).to(tl.int64)
-    row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
-    start = (block - tl.load(row_ptr)) * BLOCK
-    at = start + tl.arange(0, BLOCK)
-    n = tl.load(row_ptr + 1)
-    grad = tl.load(row_ptr + 4)
-    if (start + BLOCK <= n) & ((grad & 15) == 0):
-        g = widen(tl.load(_aligned(grad, GRAD) + at), ACC)
-    else:
-        g = widen(tl.load(grad.to(tl.pointer_type(GRAD)) + at, mask=at < n, other=0.0), ACC)
-    wide = g.to(tl.float64)
-    tl.store(partial_ptr + block, tl.sum(wide * wide, 0))
-
-
-@triton.jit(do_not_specialize=["n"])
-def _norm_kernel(
-    norm_ptr,  # () float64
-    partial_ptr,  # (n,) float64
-    n,
-    BLOCK: tl.constexpr,
-):
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + at, mask=at < n, other=0.0)
-    tl.store(norm_ptr, tl.sqrt(tl.sum(total, 0)))
-
-
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
     """None, or why this call cannot run."""
     if dtype not in TL:
@@ -283,34 +223,6 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
     if INTERPRETED.value and device_type != "cpu":
         return "TRITON_INTERPRET=1: the interpreter cannot follow addresses on another device"
     return why_not(device_type)
-
-
-def norm(grads: list[Tensor]) -> Tensor:
-    """The L2 norm of all gradients together: 0-dim float64, never overflowing for float32 ones."""
-    work = launches([g.dtype for g in grads], [g.numel() for g in grads], [addresses(grads)])
-    if not work:
-        return torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
-    device = grads[0].device
-    tables = send([each.table for each in work], device)
-    partials = torch.empty(sum(each.blocks for each in work), dtype=torch.float64, device=device)
-    parts = partials.split([each.blocks for each in work])
-    for (dtype, rows, blocks), table, partial in zip(work, tables, parts, strict=True):
-        launch(
-            _norm_partial_kernel,
-            (blocks,),
-            device,
-            partial,
-            table,
-            len(rows),
-            (len(rows) - 1).bit_length(),
-            GRAD=TL[dtype],
-            ACC=TL[ACC[dtype]],
-            COLUMNS=COLUMNS,
-            **launch_config(),
-        )
-    out = torch.empty((), dtype=torch.float64, device=device)
-    launch(_norm_kernel, (1,), device, out, partials, len(partials), BLOCK=1024)
-    return out
 
 
 def update(
@@ -338,7 +250,8 @@ def update(
     if not params:
         return
     device, count = params[0].device, len(params)
-    scalars = Scalars([grad_multiplier], lr, weight_decay)
+    there = isinstance(grad_multiplier, Tensor) and grad_multiplier.device == device
+    scalars = Scalars([] if there else [grad_multiplier], lr, weight_decay)
     prepare = np.array([addresses(steps), scalars.slots(lr), scalars.slots(weight_decay)], np.int64)
     seed, places = (0, None) if rounding is None else rounding
     low, high = split_seed(seed, device)
@@ -354,6 +267,8 @@ def update(
         [*(each.table for each in work), prepare.T, scalars.array()], device
     )
     values = scalars.complete(sent)
+    if not there:
+        grad_multiplier = values.narrow(0, scalars.slots([grad_multiplier])[0], 1)
     coefficients = torch.empty((count, 4), dtype=torch.float64, device=device)
     log1, log2 = (math.log(b) if b > 0.0 else -math.inf for b in (beta1, beta2))
     launch(
@@ -378,11 +293,10 @@ def update(
             device,
             table,
             coefficients,
-            values,
+            grad_multiplier,
             skip,
             len(rows),
             (len(rows) - 1).bit_length(),
-            *scalars.slots([grad_multiplier]),
             low,
             high,
             beta1,

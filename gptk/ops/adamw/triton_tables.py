@@ -1,8 +1,10 @@
-"""adamw by Triton, host side: the arrays that tell one launch where all of its tensors are.
+"""adamw by Triton: the arrays that tell one launch where all of its tensors are.
 
-They go to the device once per call, as one array from pinned memory, so that the host need not
-wait. numpy assembles them: for GPT-2's 148 parameters, lists of Python numbers would take longer
-than the update does on the device.
+The host builds them, a program looks up the tensor that its block lies in. They go to the device
+once per call, as one array from pinned memory, so that the host need not wait. numpy assembles
+them, in half the time that lists of Python numbers take for GPT-2's 148 parameters. They are not
+kept for the next call: to see whether they still hold, every address would have to be asked for,
+which is what takes the time.
 """
 
 from collections.abc import Hashable, Sequence
@@ -11,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
@@ -22,6 +26,30 @@ numbers, then the addresses of gradient, parameter, exp_avg, exp_avg_sq and mast
 
 Scalar = float | Tensor
 Array = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def launch_config() -> dict[str, int]:
+    """Block and warps of the kernels that run over elements."""
+    return {"BLOCK": BLOCK, "num_warps": 8}
+
+
+@triton.jit
+def find_row(table_ptr, block, tensors, halvings, COLUMNS: tl.constexpr):
+    """The last row whose first block is <= block, by bisection; empty tensors are never it."""
+    low = block * 0  # first block of `low` <= block < first block of `high`
+    high = low + tensors
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        before = tl.load(table_ptr + middle * COLUMNS) <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return table_ptr + low * COLUMNS
+
+
+@triton.jit
+def aligned(address, DTYPE: tl.constexpr):
+    """The address as a pointer that is known to be a multiple of 16, for 128-bit accesses."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 class Launch(NamedTuple):
