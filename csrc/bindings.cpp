@@ -163,7 +163,7 @@ PYBIND11_MODULE(_C, m) {
   {
     using A = gptk_adamw_update_args;
     bind(m, "adamw_update", gptk_adamw_update, &A::tensors, &A::count, &A::beta1, &A::beta2,
-         &A::eps, &A::grad_multiplier, &A::threads);
+         &A::eps, &A::grad_multiplier, &A::seed, &A::threads);
   }
   {
     using A = gptk_adamw_norm_args;

@@ -196,8 +196,10 @@ struct gptk_adamw_tensor {
   float* step;   /* updates done so far; advanced by one */
   const void* grad; /* (numel,) grad_dtype */
   int64_t numel;
+  uint64_t row; /* of its random numbers; read with stochastic */
   double lr, weight_decay;
-  int32_t param_dtype, state_dtype, grad_dtype, unused;
+  int32_t param_dtype, state_dtype, grad_dtype;
+  int32_t stochastic; /* 1: rounded by the rule of philox.h; for GPTK_BFLOAT16 without master */
 };
 
 struct gptk_adamw_update_args {
@@ -205,6 +207,7 @@ struct gptk_adamw_update_args {
   int64_t count;
   double beta1, beta2, eps,
       grad_multiplier; /* each gradient is multiplied by grad_multiplier first */
+  uint64_t seed;       /* read where a tensor is rounded stochastically */
   int32_t threads;
 };
 

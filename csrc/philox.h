@@ -4,6 +4,11 @@
      key = (seed low 32, seed high 32)    counter = (column >> 2, row low 32, row high 32, 0)
      lane = column & 3                    keep iff value >= round(p * 2^32)
 
+   AdamW's stochastic rounding draws from the same generator: row = the parameter's place, column =
+   the element, and the counter's last word is the number t >= 1 of the parameter's update, so that
+   no dropout mask has the same counters. The low 16 bits of the word are added below the bits that
+   bfloat16 keeps, and the sum is truncated.
+
    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). */
 #ifndef GPTK_PHILOX_H
 #define GPTK_PHILOX_H

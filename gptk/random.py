@@ -1,9 +1,13 @@
-"""Counter-based randomness: dropout masks and seeds as pure functions.
+"""Counter-based randomness: dropout masks, stochastic rounding and seeds as pure functions.
 
-A keep mask depends only on (seed, row, column): Philox4x32-10 (Salmon et al. 2011,
+A random word depends only on (seed, row, column, last): Philox4x32-10 (Salmon et al. 2011,
 https://doi.org/10.1145/2063384.2063405) with key = the 64-bit seed and counter =
-(column // 4, row low 32 bits, row high 32 bits, 0); lane column % 4 is kept iff its 32-bit value
-is >= round(p * 2**32). Every backend and device draws the same mask; nothing is stored.
+(column // 4, row low 32 bits, row high 32 bits, last), lane column % 4. Every backend and device
+draws the same words; nothing is stored.
+
+    dropout               last = 0; (row, column) is kept iff its word is >= round(p * 2**32)
+    stochastic rounding   last = t >= 1, the number of the update; row = the parameter's place,
+                          column = the element; the low 16 bits of the word are what is added
 """
 
 import torch
@@ -59,13 +63,40 @@ def keep_mask_definition(
     seed: Seed, rows: int, cols: int, p: float, device: torch.device | str = "cpu"
 ) -> Tensor:
     """`keep_mask` in plain PyTorch: the definition that every backend is tested against."""
-    low, high = seed & _MASK32, (seed >> 32) & _MASK32
     row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
-    block = torch.arange((cols + 3) // 4, device=device, dtype=torch.int64)[None, :]
-    zero = torch.zeros((), device=device, dtype=torch.int64)
-    words = philox4x32((low, high), (block + 0 * row, row & _MASK32, (row >> 32) & _MASK32, zero))
+    return random_words(seed, row, cols) >= round(p * 2**32)
+
+
+def random_words(seed: Seed, row: Tensor, cols: int, last: int = 0) -> Tensor:
+    """The 32-bit random words of the rows `row` (rows, 1), int64: (rows, cols), int64."""
+    low, high = seed & _MASK32, (seed >> 32) & _MASK32
+    block = torch.arange((cols + 3) // 4, device=row.device, dtype=torch.int64)[None, :]
+    fourth = torch.full((), last & _MASK32, device=row.device, dtype=torch.int64)
+    words = philox4x32((low, high), (block + 0 * row, row & _MASK32, (row >> 32) & _MASK32, fourth))
     lanes = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # (rows, blocks, 4)
-    return lanes.flatten(1)[:, :cols] >= round(p * 2**32)
+    return lanes.flatten(1)[:, :cols]
+
+
+def round_stochastically(input: Tensor, seed: int, row: int, t: int) -> Tensor:
+    """input in bfloat16: one of its two neighbours, the nearer the likelier, so that E[y] = x.
+
+    y = truncate(x + r), r = 16 random bits below those that bfloat16 keeps: the rounding of
+    Zamirai et al. 2020, "Revisiting BFloat16 training", https://arxiv.org/abs/2010.06192.
+
+    Args:
+        input: float32, any shape; what bfloat16 holds exactly, infinities included, stays as it
+            is, NaN stays NaN. Above the largest finite bfloat16 plain rounding decides, so
+            nothing becomes infinite that it would not make so.
+        seed, row, t: with an element's row-major index, what its random bits are a function of.
+    """
+    bits = input.contiguous().view(torch.int32).long() & _MASK32
+    magnitude = bits & 0x7FFFFFFF
+    at = torch.full((1, 1), row, device=input.device, dtype=torch.int64)
+    random = random_words(seed, at, input.numel(), t).view(input.shape) & 0xFFFF
+    # from the largest finite value on, half an ulp: to nearest, and infinity stays itself
+    added = torch.where(magnitude < 0x7F7F0000, random, 0x8000)
+    kept = torch.where(magnitude > 0x7F800000, bits >> 16 | 0x40, bits + added >> 16)
+    return kept.to(torch.uint16).view(torch.bfloat16)
 
 
 def dropout(input: Tensor, p: float, seed: Seed) -> Tensor:

@@ -25,6 +25,8 @@ from equivalence import (
 )
 
 from gptk import native
+from gptk.ops.adamw import adamw_
+from gptk.random import round_stochastically
 
 ALL = [(op, case) for op in FUNCTIONS for case in CASES[op].CASES]
 
@@ -297,3 +299,86 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(backend):
         for name, grad in grads.items():
             assert grad is not None, (op, name)
             assert torch.equal(grad, torch.zeros_like(values[name])), (op, name)
+
+
+def adamw_after(values, backend):
+    """name -> what one update leaves there, all parameters in one; `values` stay as they are."""
+    copies = {
+        k: [t if t is None else t.clone() for t in v] if isinstance(v, list) else v
+        for k, v in values.items()
+    }
+    norm, _ = adamw_(**copies, backend=backend)
+    assert [int(t) for t in copies["step"]] == [int(t) + 1 for t in values["step"]]
+    if norm is not None:  # n squares and their sum: each rounded once, in any order
+        exact = torch.cat([g.double().flatten() for g in values["grads"]])
+        assert abs(norm - exact.norm()) <= (exact.numel() + 2) * 2.0**-52 * exact.norm()
+    copies["kept"] = copies["masters"] or copies["params"]
+    names = ("kept", "params", "exp_avgs", "exp_avg_sqs")
+    return {name: torch.cat([t.flatten() for t in copies[name]]) for name in names}
+
+
+def adamw_in(values, dtype):
+    """The same parameters (their masters, where they have some), moments and gradients in dtype."""
+    lists = {**values, "params": values["masters"] or values["params"], "masters": None}
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        lists[name] = [t.to(dtype) for t in lists[name]]
+    return lists
+
+
+@pytest.mark.parametrize("backend", ["torch", *KERNELS, *LOWER])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("case", CASES["adamw"].CASES)
+def test_an_update_matches_the_reference(case, dtype, backend):
+    backend, _, level = backend.partition("@")
+    need("adamw", backend, dtype)
+    values = CASES["adamw"].inputs(dtype=dtype, **CASES["adamw"].CASES[case])
+    with instruction_set(level):
+        if values["stochastic_rounding"] and dtype == torch.float16:
+            with pytest.raises(ValueError, match="float16"):
+                adamw_(**values, backend=backend)
+        elif values["stochastic_rounding"] and dtype == torch.bfloat16:
+            is_rounded_by_its_random_bits(values, backend)
+        else:
+            update_matches_the_reference(values, dtype, backend)
+
+
+def update_matches_the_reference(values, dtype, backend):
+    exact = adamw_after(adamw_in(values, torch.float64), "torch")
+    single = adamw_after(adamw_in(values, torch.float32), "torch")
+    for name, y in adamw_after(values, backend).items():
+        right, own = exact[name], single[name]
+        if y.dtype == torch.float64:  # the oracle's own precision: float32's error, made twice
+            own = right + 2 * 2.0**-29 * error(own, right)
+        own = own.to(y.dtype)
+        assert accepted(y, right, own, FORWARD), (name, error(y, right), error(own, right))
+        for wrong in wrong_answers(right).values():
+            assert not accepted(wrong.to(y.dtype), right, own, FORWARD), name
+
+
+def is_rounded_by_its_random_bits(values, backend):
+    """Rounding is monotonic, so the result lies between what the ends of the interval that holds
+    the float32 value round to, and is known wherever those agree."""
+    exact, single = (
+        adamw_after(adamw_in(values, d), "torch")["kept"] for d in (torch.float64, torch.float32)
+    )
+    limit = FORWARD * error(single, exact) + noise(exact, torch.float32)
+    sizes = [p.numel() for p in values["params"]]
+    known = rejected = 0
+    found = adamw_after(values, backend)["kept"].float()
+    for row, (y, right) in enumerate(zip(found.split(sizes), exact.split(sizes), strict=True)):
+        t = int(values["step"][row]) + 1
+        low, high = (
+            round_stochastically((right + d).float(), values["seed"], row, t).float()
+            for d in (-limit, limit)
+        )
+        assert bool(((low <= y) & (y <= high)).all())
+        known += int((low == high).sum())
+        others = [right.float().bfloat16()]
+        others += [
+            round_stochastically(right.float(), *key)
+            for key in ((0, row, t), (values["seed"], row + 1, t), (values["seed"], row, t + 1))
+        ]
+        if y.numel() > 1000:
+            rejected += sum(not bool(((low <= x) & (x <= high)).all()) for x in others)
+    assert rejected == len(others)
+    assert known >= 0.99 * found.numel()

@@ -112,3 +112,97 @@ def test_a_loaded_step_count_lies_beside_its_parameter():
         optimizer.load_state_dict(saved)
         loaded = optimizer.state[q]["step"]
         assert (loaded.device.type, loaded.dtype, loaded.shape) == ("meta", torch.float32, ())
+
+
+def shape_of_a_moment(p, optimizer, monkeypatch):
+    optimizer.state[p]["exp_avg"] = torch.zeros(9)
+    return r"exp_avgs\[0\].*\(9,\)"
+
+
+def dtype_of_a_moment(p, optimizer, monkeypatch):
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].long()
+    return r"exp_avgs\[0\].*int64"
+
+
+def dtype_of_a_step(p, optimizer, monkeypatch):
+    optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float64)
+    return r"step\[0\].*float64"
+
+
+def shape_of_the_parameter(p, optimizer, monkeypatch):
+    p.data = torch.ones(9, dtype=p.dtype)
+    return r"grads\[0\].*\(9,\)"
+
+
+def backend_of_the_dtype(p, optimizer, monkeypatch):
+    """As a backend that has no kernel for the dtype would."""
+    from gptk.ops import adamw
+    from gptk.ops.contract import Unsupported
+
+    resolve = adamw.resolve
+
+    def picky(op, name, tensor, dtype=None, **traits):
+        if (dtype or tensor.dtype) == p.dtype:
+            raise Unsupported(f"no kernel for {p.dtype}")
+        return resolve(op, name, tensor, dtype, **traits)
+
+    monkeypatch.setattr(adamw, "resolve", picky)
+    return "no kernel for torch.bfloat16"
+
+
+def sparse_gradient(p, optimizer, monkeypatch):
+    p.grad = p.grad.to_sparse()
+    return "dense"
+
+
+def option_of_the_group(p, optimizer, monkeypatch):
+    optimizer.param_groups[-1]["maximize"] = True
+    return "maximize"
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("first", [True, False], ids=["later", "before"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        shape_of_a_moment,
+        dtype_of_a_moment,
+        dtype_of_a_step,
+        shape_of_the_parameter,
+        backend_of_the_dtype,
+        sparse_gradient,
+        option_of_the_group,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_refused_step_changes_nothing(backend, spoil, first, max_grad_norm, monkeypatch):
+    """float32, float64 and, last, bfloat16 parameters are updated by a call each; the last call is
+    refused, and the others have done nothing: neither updated nor counted nor made a state."""
+    kinds = (torch.float32, torch.float64, torch.bfloat16)
+    params = [torch.nn.Parameter(torch.ones(2, 3, dtype=kind)) for kind in kinds]
+    late = torch.nn.Parameter(torch.ones(5))  # has a gradient for the first time
+    optimizer = AdamW(
+        [{"params": [*params[:2], late]}, {"params": params[2:]}],
+        max_grad_norm=max_grad_norm,
+        backend=backend,
+    )
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    if not first:
+        optimizer.param_groups.reverse()
+    optimizer.step()
+    late.grad = torch.ones(5)
+    match = spoil(params[2], optimizer, monkeypatch)
+    everything = [*params, late]
+    before = copy.deepcopy([p.data for p in everything])
+    states = copy.deepcopy([optimizer.state.get(p) for p in everything])
+    versions = [p._version for p in everything]
+    with pytest.raises((ValueError, RuntimeError), match=match):
+        optimizer.step()
+    assert states[-1] is None
+    for p, value, state, version in zip(everything, before, states, versions, strict=True):
+        assert torch.equal(p.data, value)
+        assert p._version == version
+        assert (optimizer.state.get(p) is None) == (state is None)
+        for name, tensor in (state or {}).items():
+            assert torch.equal(optimizer.state[p][name], tensor), name

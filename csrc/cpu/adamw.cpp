@@ -5,12 +5,14 @@
 //   p -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 //
 // p is the float master where there is one; the parameter is then its rounding. Where it is not, it
-// was changed since the last update, and its value is taken.
+// was changed since the last update, and its value is taken. A bfloat16 parameter that has none may
+// be rounded stochastically instead, by the rule of philox.h.
 // Threads: one parallel region over pieces of GPTK_NORM_BLOCK elements of all tensors together. An
 // element depends on itself alone; the norm adds pieces, then their sums in order, in double: 1e20
 // squared does not overflow.
 // Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), algorithm 2.
 #include "blocks.h"
+#include "dropout.h"
 
 namespace gptk {
 namespace GPTK_ISA {
@@ -45,6 +47,7 @@ void for_pieces(const Tensor* tensors, int64_t count, int threads, const F& f) {
 template <typename A> struct Step {
   A decay, beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, inverse_root2, eps,
       multiplier;
+  uint32_t t;  // the number of this update, for random numbers
 };
 
 double power(double base, double exponent) { return __builtin_pow(base, exponent); }
@@ -62,6 +65,7 @@ template <typename A> Step<A> step_scalars(const gptk_adamw_update_args& a, cons
   s.inverse_root2 = static_cast<A>(1 / __builtin_sqrt(1 - power(a.beta2, step)));
   s.eps = static_cast<A>(a.eps);
   s.multiplier = static_cast<A>(a.grad_multiplier);
+  s.t = static_cast<uint32_t>(static_cast<int64_t>(step));
   return s;
 }
 
@@ -77,8 +81,39 @@ const A* current_values(const Tensor& t, int64_t begin, int64_t n, const A* mast
   return out;
 }
 
-template <typename A>
-void update_block(const Tensor& t, const Step<A>& s, int64_t begin, int64_t n) {
+// x in bfloat16, up or down by the low 16 bits of `word`: with the probability of its distance from
+// the other neighbour. Above the largest finite value plain rounding decides; NaN stays NaN.
+GPTK_INLINE VecU16 narrow_at_random(VecF x, VecU32 word) {
+  const VecU32 u = (VecU32)x;
+  const VecI32 magnitude = (VecI32)(u & 0x7fffffffu);
+  const VecU32 added = magnitude < 0x7f7f0000 ? word & 0xffffu : VecU32{} + 0x8000u;
+  const VecU32 quiet_nan = (u >> 16) | 0x40u;
+  const VecU32 kept = magnitude > 0x7f800000 ? quiet_nan : (u + added) >> 16;
+  return __builtin_convertvector(kept, VecU16);
+}
+
+GPTK_INLINE void store_bits(bf16* to, VecU16 h, All) { __builtin_memcpy(to, &h, sizeof h); }
+GPTK_INLINE void store_bits(bf16* to, VecU16 h, int n) { __builtin_memcpy(to, &h, n * sizeof *to); }
+
+// n new values of the parameter from element `begin` on, a multiple of 4.
+void round_block(const Tensor& t, uint64_t seed, uint32_t step, int64_t begin, int64_t n,
+                 const float* p) {
+  bf16* out = static_cast<bf16*>(t.param) + begin;
+  for (int64_t first = 0; first < n; first += WORDS) {
+    uint32_t words[WORDS];
+    random_words(seed, t.row, static_cast<uint32_t>((begin + first) >> 2), step, words);
+    for_lanes<float>(
+        min(n - first, WORDS), GPTK_LANES {
+          VecU32 word;
+          __builtin_memcpy(&word, words + i, sizeof word);
+          const VecF value = load(p + first + i, lanes);
+          store_bits(out + first + i, narrow_at_random(value, word), lanes);
+        });
+  }
+}
+
+template <typename A, bool STOCHASTIC>
+void update_block(const Tensor& t, const Step<A>& s, uint64_t seed, int64_t begin, int64_t n) {
   A g_scratch[BLOCK], m_scratch[BLOCK], v_scratch[BLOCK], p_scratch[BLOCK], m_out[BLOCK],
       v_out[BLOCK], p_out[BLOCK];
   void* parameter = t.master ? t.master : t.param;
@@ -103,15 +138,20 @@ void update_block(const Tensor& t, const Step<A>& s, int64_t begin, int64_t n) {
       });
   write_block(t.exp_avg, t.state_dtype, begin, n, m_new);
   write_block(t.exp_avg_sq, t.state_dtype, begin, n, v_new);
-  write_block(parameter, parameter_dtype, begin, n, p_new);
-  if (t.master) write_block(t.param, t.param_dtype, begin, n, p_new);
+  if constexpr (STOCHASTIC) {
+    round_block(t, seed, s.t, begin, n, p_new);
+  } else {
+    write_block(parameter, parameter_dtype, begin, n, p_new);
+    if (t.master) write_block(t.param, t.param_dtype, begin, n, p_new);
+  }
 }
 
-template <typename A>
+template <typename A, bool STOCHASTIC>
 void update_piece(const gptk_adamw_update_args& a, const Tensor& t, int64_t piece) {
   const Step<A> s = step_scalars<A>(a, t);
   const int64_t begin = piece * GPTK_NORM_BLOCK, end = min(begin + GPTK_NORM_BLOCK, t.numel);
-  for (int64_t i = begin; i < end; i += BLOCK) update_block(t, s, i, min(end - i, BLOCK));
+  for (int64_t i = begin; i < end; i += BLOCK)
+    update_block<A, STOCHASTIC>(t, s, a.seed, i, min(end - i, BLOCK));
 }
 
 // Of floats, each widened in a register; the accumulators are as many as below.
@@ -159,9 +199,11 @@ double sum_of_squares(const Tensor& t, int64_t piece) {
 void adamw_update(const gptk_adamw_update_args& a) {
   for_pieces(a.tensors, a.count, a.threads, [&](const Tensor& t, int64_t piece, int64_t) {
     if (t.param_dtype == GPTK_FLOAT64)
-      update_piece<double>(a, t, piece);
+      update_piece<double, false>(a, t, piece);
+    else if (t.stochastic)
+      update_piece<float, true>(a, t, piece);
     else
-      update_piece<float>(a, t, piece);
+      update_piece<float, false>(a, t, piece);
   });
   for (int64_t t = 0; t < a.count; t++) *a.tensors[t].step += 1;  // after all pieces have read it
 }

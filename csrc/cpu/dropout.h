@@ -13,8 +13,10 @@ namespace {
 
 constexpr int WORDS = 64;  // random words per step: 16 counters of 4 words
 
-// words[i] = the random word of (row, 4 * counter0 + i), i < WORDS.
-inline void random_words(uint64_t seed, uint64_t row, uint32_t counter0, uint32_t* words) {
+// words[i] = the random word of (row, 4 * counter0 + i), i < WORDS; `last` is the counter's last
+// word.
+inline void random_words(uint64_t seed, uint64_t row, uint32_t counter0, uint32_t last,
+                         uint32_t* words) {
   constexpr int L = Lanes<double>::value, VECTORS = 2;
   const VecU64 m0 = VecU64{} + uint64_t{GPTK_PHILOX_M0}, m1 = VecU64{} + uint64_t{GPTK_PHILOX_M1};
   VecU64 lane = {};
@@ -25,7 +27,7 @@ inline void random_words(uint64_t seed, uint64_t row, uint32_t counter0, uint32_
       c0[v] = lane + (counter0 + static_cast<uint32_t>(first + v * L));
       c1[v] = VecU64{} + row;
       c2[v] = VecU64{} + (row >> 32);
-      c3[v] = VecU64{};
+      c3[v] = VecU64{} + last;
     }
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
@@ -73,7 +75,7 @@ void keep_scale_row(uint64_t seed, uint64_t row, int64_t col0, int64_t count, ui
   const uint32_t below = static_cast<uint32_t>(threshold - 1);
   uint32_t words[WORDS];
   for (int64_t begin = 0; begin < count; begin += WORDS) {
-    random_words(seed, row, static_cast<uint32_t>((col0 + begin) >> 2), words);
+    random_words(seed, row, static_cast<uint32_t>((col0 + begin) >> 2), 0, words);
     const int64_t n = count - begin < WORDS ? count - begin : WORDS;
     for (int64_t i = 0; i < n; i++) out[begin + i] = words[i] > below ? scale : A(0);
   }

@@ -1,8 +1,9 @@
-"""Dropout keep masks inside Triton kernels: Philox4x32-10, bit for bit `gptk.random.keep_mask`.
+"""Random words and keep masks inside Triton kernels: Philox4x32-10, bit for bit gptk.random's.
 
 Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. Key = the 64-bit seed, counter =
-(column // 4, row low 32 bits, row high 32 bits, 0), lane = column % 4. One call of the generator
-serves four neighbouring columns. Products are formed in 64 bits: one wide multiply on a GPU.
+(column // 4, row low 32 bits, row high 32 bits, last), lane = column % 4; last is 0 for a keep
+mask. One call of the generator serves four neighbouring columns. Products are formed in 64 bits:
+one wide multiply on a GPU.
 """
 
 import triton
@@ -38,6 +39,27 @@ def philox4x32(key_low, key_high, c0, c1, c2, c3):
 
 
 @triton.jit
+def word_tile(
+    key_low,
+    key_high,
+    row,  # (R,) int64
+    column,  # first column of the tile, a multiple of 4
+    last,  # uint32, or 0
+    COLUMNS: tl.constexpr,  # a power of two >= 4
+):
+    """The words of rows `row`, columns column .. column + COLUMNS - 1: (R, COLUMNS) uint32."""
+    R: tl.constexpr = row.shape[0]
+    group = (column // 4 + tl.arange(0, COLUMNS // 4))[None, :].to(tl.uint32)
+    zero = tl.zeros((R, COLUMNS // 4), tl.uint32)
+    row_low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None] + zero
+    row_high = (row >> 32).to(tl.uint32)[:, None] + zero
+    fourth = zero + last
+    w0, w1, w2, w3 = philox4x32(key_low, key_high, group + zero, row_low, row_high, fourth)
+    # the last two axes of the joined tile are (lane // 2, lane % 2)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(R, COLUMNS)
+
+
+@triton.jit
 def keep_tile(
     key_low,
     key_high,
@@ -47,12 +69,5 @@ def keep_tile(
     COLUMNS: tl.constexpr,  # a power of two >= 4
 ):
     """The keep mask of rows `row` and columns column .. column + COLUMNS - 1: (R, COLUMNS) bool."""
-    R: tl.constexpr = row.shape[0]
-    group = (column // 4 + tl.arange(0, COLUMNS // 4))[None, :].to(tl.uint32)
-    zero = tl.zeros((R, COLUMNS // 4), tl.uint32)
-    row_low = (row & 0xFFFFFFFF).to(tl.uint32)[:, None] + zero
-    row_high = (row >> 32).to(tl.uint32)[:, None] + zero
-    w0, w1, w2, w3 = philox4x32(key_low, key_high, group + zero, row_low, row_high, zero)
-    # the last two axes of the joined tile are (lane // 2, lane % 2)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(R, COLUMNS)
+    words = word_tile(key_low, key_high, row, column, 0, COLUMNS)
     return words.to(tl.int64) >= threshold

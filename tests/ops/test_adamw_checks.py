@@ -6,6 +6,7 @@ from equivalence import require
 from torch._subclasses import FakeTensorMode
 
 from gptk.ops import adamw as op
+from gptk.ops.adamw import reference
 from gptk.ops.adamw.cases import inputs
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -136,8 +137,10 @@ def test_scalars_come_to_the_device_of_the_parameters(monkeypatch):
     class Fake:
         __name__ = "fake.reference"
 
+        factors = staticmethod(reference.factors)
+
         @staticmethod
-        def update(params, grads, m, v, masters, steps, lr, decay, b1, b2, eps, by, skip):
+        def update(params, grads, m, v, masters, steps, lr, decay, b1, b2, eps, by, skip, rounding):
             seen.extend(x.device for x in (by, skip, *lr, *decay))
 
     monkeypatch.setattr(op, "resolve", lambda *_: Fake)

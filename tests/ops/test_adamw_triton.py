@@ -1,11 +1,13 @@
 """adamw by Triton."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from triton_checks import DEVICE, bits, check, guarded, randn, strict, unchanged
 
+from gptk.ops.adamw import reference
 from gptk.ops.adamw import triton_impl as adamw
 from gptk.ops.triton_launch import ACC
 
@@ -230,6 +232,33 @@ def test_norm_is_exact_and_does_not_overflow():
     assert adamw.norm([guarded(torch.tensor([1.0, math.inf]))]).item() == math.inf
     assert adamw.norm([guarded(torch.tensor([1.0, math.nan])), randn(2)]).isnan()
     assert adamw.norm([torch.empty(0, device=DEVICE)]).item() == 0.0
+
+
+@pytest.mark.parametrize("norm", [None, 0.0, 0.25, 3.0, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize("limit", [None, 0.5, math.inf])
+def test_factors_are_those_of_the_reference(norm, limit):
+    """Each is at most four roundings of float64 from the exact one, by either way."""
+    dtypes = (torch.float32, torch.float64)
+    for dtype, scaled, scale, found in itertools.product(
+        dtypes, (True, False), (None, 4.0, 3.0, 65536.0), (None, 0.0, 1.0, math.nan)
+    ):
+        norm_, scale_, found_ = (
+            None if x is None else torch.tensor(x, dtype=d, device=DEVICE)
+            for x, d in ((norm, dtype), (scale, torch.float64), (found, torch.float32))
+        )
+        got = adamw.factors(norm_, scaled, scale_, found_, limit)
+        want = reference.factors(norm_, scaled, scale_, found_, limit)
+        for name, a, b in zip(("norm", "skip", "multiplier"), got, want, strict=True):
+            case = (name, dtype, scaled, scale, found, a, b)
+            assert (a is None) == (b is None), case
+            if name == "skip" and a is not None:
+                assert a.dtype == torch.bool, case
+                assert bool(a) == bool(b), case
+            elif a is not None and not (want[1] is not None and bool(want[1])):
+                a, b = float(a), float(b)
+                same = a == b or (math.isnan(a) and math.isnan(b))
+                # torch computes in float32 what it is given in float32
+                assert same or abs(a - b) <= abs(b) * 8 * torch.finfo(dtype).eps, case
 
 
 def test_same_inputs_give_the_same_norm():

@@ -29,8 +29,10 @@ KERNELS = (
     "cross_entropy-backward-softcap",
     "adamw-prepare",
     "adamw-update",
+    "adamw-stochastic",
     "adamw-norm_partial",
     "adamw-norm",
+    "adamw-factors",
 )
 WIDE = (
     "gelu-forward",
@@ -39,6 +41,8 @@ WIDE = (
     "cross_entropy-backward",
     "cross_entropy-backward-softcap",
     "adamw-update",
+    "adamw-stochastic",
+    "adamw-norm_partial",
 )
 
 
@@ -47,6 +51,7 @@ def launches(dtype):
     import torch
 
     from gptk.ops.adamw import triton_impl as adamw
+    from gptk.ops.adamw import triton_norm
     from gptk.ops.cross_entropy import triton_impl as cross_entropy
     from gptk.ops.gelu import triton_impl as gelu
     from gptk.ops.linear import triton_impl as linear
@@ -63,11 +68,15 @@ def launches(dtype):
     moment = gelu.TL[torch.float32] if half else tl_dtype
     update = dict(
         GRAD=tl_dtype, PARAM=tl_dtype, EXP_AVG=moment, EXP_AVG_SQ=moment, HAS_MASTER=half,
-        HAS_SKIP=True, ALIGNED=True, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config(),
+        HAS_SKIP=True, STOCHASTIC=False, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config(),
     )  # fmt: skip
-    norm = dict(
-        GRAD=tl_dtype, ALIGNED=True, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config()
-    )
+    single, small = gelu.TL[torch.float32], gelu.TL[torch.bfloat16]
+    stochastic = update | dict(
+        PARAM=small, EXP_AVG=single, EXP_AVG_SQ=single, HAS_MASTER=False, STOCHASTIC=True,
+        ACC=single,
+    )  # fmt: skip
+    numbers = [*["i32"] * 4, *["fp64"] * 3]
+    norm = dict(GRAD=tl_dtype, ACC=acc, COLUMNS=adamw.COLUMNS, **adamw.launch_config())
     table = ["*i64", "*fp64", "*fp64", "*fp32"]
     return {
         "gelu-forward": (gelu._gelu_forward_kernel, [x, x, "i32"], flat),
@@ -104,13 +113,19 @@ def launches(dtype):
             ["*fp64", "*i64", "*fp64", "*fp32", "i32", "fp64", "fp64"],
             dict(HAS_SKIP=True, BLOCK=128),
         ),
-        "adamw-update": (adamw._update_kernel, [*table, "i32", "i32", *["fp64"] * 3], update),
+        "adamw-update": (adamw._update_kernel, [*table, *numbers], update),
+        "adamw-stochastic": (adamw._update_kernel, [*table, *numbers], stochastic),
         "adamw-norm_partial": (
-            adamw._norm_partial_kernel,
+            triton_norm._norm_partial_kernel,
             ["*fp64", "*i64", "i32", "i32"],
             norm,
         ),
-        "adamw-norm": (adamw._norm_kernel, ["*fp64", "*fp64", "i32"], dict(BLOCK=1024)),
+        "adamw-norm": (triton_norm._norm_kernel, ["*fp64", "*fp64", "i32"], dict(BLOCK=1024)),
+        "adamw-factors": (
+            triton_norm._factors_kernel,
+            ["*fp64", "*i1", "*fp64", "*fp32", "*fp32", "fp64"],
+            dict(HAS_NORM=True, SCALED=True, HAS_SCALE=True, HAS_FOUND=True),
+        ),
     }
 
 
@@ -161,7 +176,8 @@ def test_compiles_with_wide_accesses(arch, tmp_path):
     for dtype, kernels in found.items():
         assert tuple(kernels) == KERNELS
         for name in WIDE:
-            assert kernels[name] == {"ld": 128, "st": 128}, (dtype, name, kernels[name])
+            stores = 64 if name == "adamw-norm_partial" else 128  # one number for each block
+            assert kernels[name] == {"ld": 128, "st": stores}, (dtype, name, kernels[name])
 
 
 if __name__ == "__main__":

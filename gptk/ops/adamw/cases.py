@@ -11,6 +11,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": dict(shapes=((5, 7), (1,), (33,), (2, 3, 4))),
     "with_empty": dict(shapes=((4,), (0,), (2, 2))),
     "clipped": dict(shapes=((65,), (8, 9)), max_grad_norm=0.5),
+    "stochastic": dict(shapes=((5, 7), (2051,), (0,), (1, 3)), stochastic_rounding=True),
 }
 BENCH: dict[str, dict[str, Any]] = {
     "nano": dict(shapes=((65, 128),) + ((384, 128), (384,), (128, 512), (512, 128)) * 4),
@@ -22,9 +23,12 @@ def inputs(
     shapes: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,
     max_grad_norm: float | None = None,
+    stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of adamw_; moments in float32 for 16-bit parameters, with masters."""
+    """Keyword arguments of adamw_; moments in float32 for 16-bit parameters, with masters, which
+    bfloat16 parameters that are rounded stochastically do not have."""
+    has_masters = dtype.itemsize == 2 and not stochastic_rounding
     state = torch.float32 if dtype.itemsize == 2 else dtype
     params = [normal(s, dtype, seed + i) for i, s in enumerate(shapes)]
     return {
@@ -38,5 +42,7 @@ def inputs(
         "lr": 1e-2,
         "weight_decay": 0.1,
         "max_grad_norm": max_grad_norm,
-        "masters": [p.float() for p in params] if dtype.itemsize == 2 else None,
+        "masters": [p.float() for p in params] if has_masters else None,
+        "stochastic_rounding": stochastic_rounding,
+        "seed": 0x9E3779B97F4A7C15,
     }

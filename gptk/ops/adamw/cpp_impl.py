@@ -7,11 +7,14 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from gptk.native import DTYPE, empty, load, threads
+from gptk.native import DTYPE, MASK64, empty, load, threads
+from gptk.ops.adamw.reference import factors
 
-# struct gptk_adamw_tensor: param, exp_avg, exp_avg_sq, master, step, grad, numel, lr, weight_decay,
-# param_dtype, state_dtype, grad_dtype, unused
-_pack = Struct("6Qq2d4i").pack
+__all__ = ["factors", "norm", "unsupported", "update"]
+
+# struct gptk_adamw_tensor: param, exp_avg, exp_avg_sq, master, step, grad, numel, row, lr,
+# weight_decay, param_dtype, state_dtype, grad_dtype, stochastic
+_pack = Struct("6QqQ2d4i").pack
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -22,7 +25,7 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
 def norm(grads: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, 0-dim float64."""
     rows = [
-        _pack(0, 0, 0, 0, 0, g.data_ptr(), g.numel(), 0.0, 0.0, 0, 0, DTYPE[g.dtype], 0)
+        _pack(0, 0, 0, 0, 0, g.data_ptr(), g.numel(), 0, 0.0, 0.0, 0, 0, DTYPE[g.dtype], 0)
         for g in grads
     ]
     extension = load()
@@ -51,10 +54,15 @@ def update(
     eps: float,
     grad_multiplier: float | Tensor,
     skip: Tensor | None,
+    rounding: tuple[int, Sequence[int]] | None = None,
 ) -> None:
-    """Update params, exp_avgs, exp_avg_sqs, masters and steps in place, unless `skip`."""
+    """Update params, exp_avgs, exp_avg_sqs, masters and steps in place, unless `skip`.
+
+    rounding: (seed, row of each parameter) where bfloat16 without master is rounded stochastically.
+    """
     if skip is not None and bool(skip):
         return
+    seed, places = rounding or (0, [0] * len(params))
     rows = [
         _pack(
             p.data_ptr(),
@@ -64,15 +72,25 @@ def update(
             step.data_ptr(),
             g.data_ptr(),
             p.numel(),
+            place,
             float(rate),
             float(decay),
             DTYPE[p.dtype],
             DTYPE[m.dtype],
             DTYPE[g.dtype],
-            0,
+            rounding is not None and master is None and p.dtype == torch.bfloat16,
         )
-        for p, g, m, v, master, step, rate, decay in zip(
-            params, grads, exp_avgs, exp_avg_sqs, masters, steps, lr, weight_decay, strict=True
+        for p, g, m, v, master, step, rate, decay, place in zip(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            masters,
+            steps,
+            lr,
+            weight_decay,
+            places,
+            strict=True,
         )
     ]
     table = array("B", b"".join(rows))
@@ -83,5 +101,6 @@ def update(
         float(beta2),
         float(eps),
         float(grad_multiplier),
+        seed & MASK64,
         threads(),
     )

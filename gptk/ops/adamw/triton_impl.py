@@ -4,48 +4,48 @@
     p = p - lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)                as torch.optim.AdamW
 
 A table of int64 rows, built once per call, holds addresses and sizes; a program looks up in it the
-tensor that its block lies in. Before the update one small launch advances every step counter on
-the device and writes each parameter's coefficients in float64: 1 - 0.999^t formed in float32 would
-be wrong by 6e-5 at t = 1. `skip` is read by the kernels, so nothing waits for the device; the host
-sends two small arrays from pinned memory. The kernels write in place and are therefore never
-autotuned: trial runs would apply the update several times.
+tensor that its block lies in, and sees from the addresses whether 128-bit accesses are possible, so
+unaligned tensors need no launch of their own. Before the update one small launch advances every
+step counter on the device and writes each parameter's coefficients in float64: 1 - 0.999^t formed
+in float32 would be wrong by 6e-5 at t = 1. `skip` and the gradient multiplier (clipping, unscaling)
+are read by the kernels, so nothing waits for the device; the host sends one small array from pinned
+memory. The kernels write in place and are therefore never autotuned: trial runs would apply the
+update several times.
 
-norm: squares are summed in float64, per block and then by one program in order: a tree fixed by
-the shapes. No float atomics anywhere. Traffic of an update: g read, p, m, v (and the master) read
-and written, once. The table holds addresses, so a call cannot be captured in a CUDA graph, and the
-interpreter takes CPU tensors only.
+Stochastic rounding of bfloat16 parameters: see gptk.random. A tensor's counters are its elements'
+indices, and blocks begin at multiples of four, so a program draws four neighbours at a time.
+
+Traffic of an update: g read, p, m, v (and the master) read and written, once. The table holds
+addresses, so a call cannot be captured in a CUDA graph, and the interpreter takes CPU tensors only.
+A step that clips takes five launches: the norm two, its factors, the coefficients, the update.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptk.ops.adamw.triton_tables import BLOCK, COLUMNS, Group, Scalar, Scalars, send_tables
+from gptk.ops.adamw.triton_norm import factors, norm
+from gptk.ops.adamw.triton_tables import (
+    COLUMNS,
+    Scalar,
+    Scalars,
+    addresses,
+    aligned,
+    find_row,
+    launch_config,
+    launches,
+    send,
+)
 from gptk.ops.gelu.triton_impl import TL
-from gptk.ops.triton_launch import ACC, INTERPRETED, launch, narrow, why_not, widen
+from gptk.ops.philox_triton import philox_key, word_tile
+from gptk.ops.triton_launch import ACC, INTERPRETED, launch, narrow, split_seed, why_not, widen
 
-
-def launch_config() -> dict[str, int]:
-    """Block and warps of the kernels that run over elements."""
-    return {"BLOCK": BLOCK, "num_warps": 8}
-
-
-@triton.jit
-def _find_row(table_ptr, block, tensors, halvings, COLUMNS: tl.constexpr):
-    """The last row whose first block is <= block, by bisection; empty tensors are never it."""
-    low = block * 0  # first block of `low` <= block < first block of `high`
-    high = low + tensors
-    for _ in range(halvings):
-        middle = (low + high) // 2
-        before = tl.load(table_ptr + middle * COLUMNS) <= block
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return table_ptr + low * COLUMNS
+__all__ = ["factors", "norm", "unsupported", "update"]
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _is_live(skip_ptr, HAS_SKIP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tensors"])
 def _prepare_kernel(
-    coefficients_ptr,  # (tensors, 3) float64: 1 - lr wd, lr / (1 - b1^t), 1 / (1 - b2^t)
+    coefficients_ptr,  # (tensors, 4) float64: 1 - lr wd, lr / (1 - b1^t), 1 / (1 - b2^t), t
     table_ptr,  # (tensors, 3) int64: address of step, slot of lr, slot of weight decay
     values_ptr,  # float64: the distinct scalars of the call
     skip_ptr,  # (), read with HAS_SKIP
@@ -76,11 +76,25 @@ def _prepare_kernel(
     decay = tl.load(values_ptr + tl.load(table_ptr + 3 * i + 2, mask=inside, other=0))
     step = tl.load(step_ptr, mask=inside, other=0.0) + 1.0
     t = step.to(tl.float64)
-    tl.store(coefficients_ptr + 3 * i, 1.0 - lr * decay, mask=inside)
-    tl.store(coefficients_ptr + 3 * i + 1, lr / (1.0 - tl.exp(t * log_beta1)), mask=inside)
-    tl.store(coefficients_ptr + 3 * i + 2, 1.0 / (1.0 - tl.exp(t * log_beta2)), mask=inside)
+    tl.store(coefficients_ptr + 4 * i, 1.0 - lr * decay, mask=inside)
+    tl.store(coefficients_ptr + 4 * i + 1, lr / (1.0 - tl.exp(t * log_beta1)), mask=inside)
+    tl.store(coefficients_ptr + 4 * i + 2, 1.0 / (1.0 - tl.exp(t * log_beta2)), mask=inside)
+    tl.store(coefficients_ptr + 4 * i + 3, t, mask=inside)
     if _is_live(skip_ptr, HAS_SKIP):
         tl.store(step_ptr, step, mask=inside)
+
+
+@triton.jit
+def _narrow_at_random(x, word):
+    """x (float32) in bfloat16, up or down by the low 16 bits of `word`."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    nan = magnitude > 0x7F800000
+    # from the largest finite value on, half an ulp: to nearest, and infinity stays itself
+    added = tl.where(magnitude < 0x7F7F0000, word & 0xFFFF, 0x8000)
+    kept = (tl.where(nan, 0, bits) + added) >> 16  # the sum must not wrap
+    kept = tl.where(nan, (bits >> 16) | 0x40, kept)
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -92,6 +106,7 @@ def _update_block(
     master_ptr,
     at,
     inside,
+    words,
     multiplier,
     keep,
     step_size,
@@ -102,9 +117,11 @@ def _update_block(
     rest2,
     eps,
     HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One block; keep = 1 - lr wd, inverse = 1 / (1 - b2^t), rest = 1 - beta, all in ACC."""
+    """One block; keep = 1 - lr wd, inverse = 1 / (1 - b2^t), rest = 1 - beta, all in ACC; words:
+    random ones, one for each element, used with STOCHASTIC."""
     g = widen(tl.load(grad_ptr + at, mask=inside), ACC) * multiplier
     m = widen(tl.load(exp_avg_ptr + at, mask=inside), ACC)
     v = widen(tl.load(exp_avg_sq_ptr + at, mask=inside), ACC)
@@ -122,28 +139,24 @@ def _update_block(
     p = p * keep - step_size * m / (root + eps)
     tl.store(exp_avg_ptr + at, narrow(m, exp_avg_ptr.dtype.element_ty), mask=inside)
     tl.store(exp_avg_sq_ptr + at, narrow(v, exp_avg_sq_ptr.dtype.element_ty), mask=inside)
-    tl.store(param_ptr + at, narrow(p, param_ptr.dtype.element_ty), mask=inside)
+    if STOCHASTIC:
+        tl.store(param_ptr + at, _narrow_at_random(p, words), mask=inside)
+    else:
+        tl.store(param_ptr + at, narrow(p, param_ptr.dtype.element_ty), mask=inside)
     if HAS_MASTER:
         tl.store(master_ptr + at, p, mask=inside)
 
 
-@triton.jit
-def _pointer(row_ptr, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a row of the table; ALIGNED promises 16 bytes, for 128-bit accesses."""
-    pointer = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit(do_not_specialize=["tensors", "halvings"])
+@triton.jit(do_not_specialize=["tensors", "halvings", "seed_low", "seed_high"])
 def _update_kernel(
     table_ptr,  # (tensors, COLUMNS) int64
-    coefficients_ptr,  # (parameters, 3) float64
-    values_ptr,  # float64; slot 0 is the gradient multiplier
+    coefficients_ptr,  # (parameters, 4) float64
+    multiplier_ptr,  # (): what to multiply each gradient by
     skip_ptr,  # (), read with HAS_SKIP
     tensors,
     halvings,
+    seed_low,
+    seed_high,
     beta1: tl.float64,
     beta2: tl.float64,
     eps: tl.float64,
@@ -153,82 +166,54 @@ def _update_kernel(
     EXP_AVG_SQ: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     HAS_SKIP: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ACC: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     if _is_live(skip_ptr, HAS_SKIP):
-        row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
+        row_ptr = find_row(table_ptr, block, tensors, halvings, COLUMNS)
         start = (block - tl.load(row_ptr)) * BLOCK
         n = tl.load(row_ptr + 1)
         at = start + tl.arange(0, BLOCK)
-        grad_ptr = _pointer(row_ptr, 3, GRAD, ALIGNED)
-        param_ptr = _pointer(row_ptr, 4, PARAM, ALIGNED)
-        exp_avg_ptr = _pointer(row_ptr, 5, EXP_AVG, ALIGNED)
-        exp_avg_sq_ptr = _pointer(row_ptr, 6, EXP_AVG_SQ, ALIGNED)
-        master_ptr = _pointer(row_ptr, 7, tl.float32, ALIGNED)
-        own_ptr = coefficients_ptr + tl.load(row_ptr + 2) * 3
+        grad = tl.load(row_ptr + 4)
+        param = tl.load(row_ptr + 5)
+        exp_avg = tl.load(row_ptr + 6)
+        exp_avg_sq = tl.load(row_ptr + 7)
+        master = tl.load(row_ptr + 8)
+        own_ptr = coefficients_ptr + tl.load(row_ptr + 2) * 4
         keep = tl.load(own_ptr).to(ACC)
         step_size = tl.load(own_ptr + 1).to(ACC)
         inverse = tl.load(own_ptr + 2).to(ACC)
-        multiplier = tl.load(values_ptr).to(ACC)
+        multiplier = widen(tl.load(multiplier_ptr), ACC)
         # 1 - beta in float64: 1 - 0.999 in float32 is off by 1e-5
         b1, rest1 = tl.full((), beta1, tl.float64), tl.full((), 1.0 - beta1, tl.float64)
         b2, rest2 = tl.full((), beta2, tl.float64), tl.full((), 1.0 - beta2, tl.float64)
         small = tl.full((), eps, tl.float64).to(ACC)
         b1, rest1, b2, rest2 = b1.to(ACC), rest1.to(ACC), b2.to(ACC), rest2.to(ACC)
-        if start + BLOCK <= n:  # no mask, so wide accesses
+        words = 0
+        if STOCHASTIC:
+            key_low, key_high = philox_key(seed_low, seed_high)
+            t = tl.load(own_ptr + 3).to(tl.int64).to(tl.uint32)
+            row = tl.load(row_ptr + 3) + tl.zeros((1,), tl.int64)
+            words = word_tile(key_low, key_high, row, start, t, BLOCK).reshape(BLOCK)
+        wide = ((grad | param | exp_avg | exp_avg_sq | master) & 15) == 0
+        if (start + BLOCK <= n) & wide:  # no mask, so wide accesses
             _update_block(
-                grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, at, None,
-                multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small, HAS_MASTER, ACC,
+                aligned(grad, GRAD), aligned(param, PARAM), aligned(exp_avg, EXP_AVG),
+                aligned(exp_avg_sq, EXP_AVG_SQ), aligned(master, tl.float32), at, None, words,
+                multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small,
+                HAS_MASTER, STOCHASTIC, ACC,
             )  # fmt: skip
         else:
             _update_block(
-                grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, at, at < n,
-                multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small, HAS_MASTER, ACC,
+                grad.to(tl.pointer_type(GRAD)), param.to(tl.pointer_type(PARAM)),
+                exp_avg.to(tl.pointer_type(EXP_AVG)), exp_avg_sq.to(tl.pointer_type(EXP_AVG_SQ)),
+                master.to(tl.pointer_type(tl.float32)), at, at < n, words,
+                multiplier, keep, step_size, inverse, b1, b2, rest1, rest2, small,
+                HAS_MASTER, STOCHASTIC, ACC,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tensors", "halvings"])
-def _norm_partial_kernel(
-    partial_ptr,  # (blocks,) float64
-    table_ptr,  # (tensors, COLUMNS) int64
-    tensors,
-    halvings,
-    GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ACC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0).to(tl.int64)
-    row_ptr = _find_row(table_ptr, block, tensors, halvings, COLUMNS)
-    start = (block - tl.load(row_ptr)) * BLOCK
-    at = start + tl.arange(0, BLOCK)
-    n = tl.load(row_ptr + 1)
-    grad_ptr = _pointer(row_ptr, 3, GRAD, ALIGNED)
-    if start + BLOCK <= n:
-        g = widen(tl.load(grad_ptr + at), ACC)
-    else:
-        g = widen(tl.load(grad_ptr + at, mask=at < n, other=0.0), ACC)
-    wide = g.to(tl.float64)
-    tl.store(partial_ptr + block, tl.sum(wide * wide, 0))
-
-
-@triton.jit(do_not_specialize=["n"])
-def _norm_kernel(
-    norm_ptr,  # () float64
-    partial_ptr,  # (n,) float64
-    n,
-    BLOCK: tl.constexpr,
-):
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + at, mask=at < n, other=0.0)
-    tl.store(norm_ptr, tl.sqrt(tl.sum(total, 0)))
 
 
 def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
@@ -238,42 +223,6 @@ def unsupported(device_type: str, dtype: torch.dtype, **traits: object) -> str |
     if INTERPRETED.value and device_type != "cpu":
         return "TRITON_INTERPRET=1: the interpreter cannot follow addresses on another device"
     return why_not(device_type)
-
-
-def norm(grads: list[Tensor]) -> Tensor:
-    """The L2 norm of all gradients together: 0-dim float64, never overflowing for float32 ones."""
-    groups: dict[tuple[torch.dtype, bool], Group] = {}
-    for index, grad in enumerate(grads):
-        key = (grad.dtype, grad.data_ptr() % 16 == 0)
-        groups.setdefault(key, Group([], [])).add(grad.numel(), index, [grad])
-    groups = {key: group for key, group in groups.items() if sum(group.blocks)}
-    if not groups:
-        return torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
-    device = grads[0].device
-    *tables, _ = send_tables(list(groups.values()), [], device)
-    counts = [sum(group.blocks) for group in groups.values()]
-    partials = torch.empty(sum(counts), dtype=torch.float64, device=device)
-    parts = partials.split(counts)
-    for (key, group), table, partial in zip(groups.items(), tables, parts, strict=True):
-        dtype, aligned = key
-        tensors = len(group.rows)
-        launch(
-            _norm_partial_kernel,
-            (len(partial),),
-            device,
-            partial,
-            table,
-            tensors,
-            (tensors - 1).bit_length(),
-            GRAD=TL[dtype],
-            ALIGNED=aligned,
-            ACC=TL[ACC[dtype]],
-            COLUMNS=COLUMNS,
-            **launch_config(),
-        )
-    out = torch.empty((), dtype=torch.float64, device=device)
-    launch(_norm_kernel, (1,), device, out, partials, len(partials), BLOCK=1024)
-    return out
 
 
 def update(
@@ -290,56 +239,66 @@ def update(
     eps: float,
     grad_multiplier: Scalar,
     skip: Tensor | None,
+    rounding: tuple[int, Sequence[int]] | None = None,
 ) -> None:
     """One AdamW step, in place on params, exp_avgs, exp_avg_sqs, masters and steps.
 
     The lists run in parallel over the parameters, all on one device, contiguous. steps are 0-dim
-    float32 and are advanced by one. If skip (0-dim) is not 0, nothing changes.
+    float32 and are advanced by one. If skip (0-dim) is not 0, nothing changes. rounding: (seed, row
+    of each parameter) where bfloat16 without master is rounded stochastically.
     """
     if not params:
         return
-    device = params[0].device
-    scalars = Scalars()
-    scalars.slot(grad_multiplier)  # slot 0
-    groups: dict[tuple[Any, ...], Group] = {}
-    prepare: list[int] = []
-    for i, tensors in enumerate(zip(grads, params, exp_avgs, exp_avg_sqs, masters, strict=True)):
-        prepare += [steps[i].data_ptr(), scalars.slot(lr[i]), scalars.slot(weight_decay[i])]
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-        dtypes = tuple(t.dtype for t in tensors[:4])
-        key: tuple[Any, ...] = (*dtypes, tensors[4] is not None, aligned)
-        groups.setdefault(key, Group([], [])).add(params[i].numel(), i, tensors)
-    groups = {key: group for key, group in groups.items() if sum(group.blocks)}
-    *tables, prepare_table = send_tables(list(groups.values()), prepare, device)
-    values = scalars.send(device)
-    coefficients = torch.empty((len(params), 3), dtype=torch.float64, device=device)
+    device, count = params[0].device, len(params)
+    there = isinstance(grad_multiplier, Tensor) and grad_multiplier.device == device
+    scalars = Scalars([] if there else [grad_multiplier], lr, weight_decay)
+    prepare = np.array([addresses(steps), scalars.slots(lr), scalars.slots(weight_decay)], np.int64)
+    seed, places = (0, None) if rounding is None else rounding
+    low, high = split_seed(seed, device)
+    tensors = (grads, params, exp_avgs, exp_avg_sqs)
+    has_master = [master is not None for master in masters]
+    work = launches(
+        list(zip(*([t.dtype for t in ts] for ts in tensors), has_master, strict=True)),
+        [p.numel() for p in params],
+        [*map(addresses, tensors), [0 if m is None else m.data_ptr() for m in masters]],
+        places,
+    )
+    *tables, prepared, sent = send(
+        [*(each.table for each in work), prepare.T, scalars.array()], device
+    )
+    values = scalars.complete(sent)
+    if not there:
+        grad_multiplier = values.narrow(0, scalars.slots([grad_multiplier])[0], 1)
+    coefficients = torch.empty((count, 4), dtype=torch.float64, device=device)
     log1, log2 = (math.log(b) if b > 0.0 else -math.inf for b in (beta1, beta2))
     launch(
         _prepare_kernel,
-        (triton.cdiv(len(params), 128),),
+        (triton.cdiv(count, 128),),
         device,
         coefficients,
-        prepare_table,
+        prepared,
         values,
         skip,
-        len(params),
+        count,
         log1,
         log2,
         HAS_SKIP=skip is not None,
         BLOCK=128,
     )
-    for (key, group), table in zip(groups.items(), tables, strict=True):
-        grad, param, exp_avg, exp_avg_sq, has_master, aligned = key
+    for (key, rows, blocks), table in zip(work, tables, strict=True):
+        grad, param, exp_avg, exp_avg_sq, mastered = key
         launch(
             _update_kernel,
-            (sum(group.blocks),),
+            (blocks,),
             device,
             table,
             coefficients,
-            values,
+            grad_multiplier,
             skip,
-            len(group.rows),
-            (len(group.rows) - 1).bit_length(),
+            len(rows),
+            (len(rows) - 1).bit_length(),
+            low,
+            high,
             beta1,
             beta2,
             eps,
@@ -347,9 +306,9 @@ def update(
             PARAM=TL[param],
             EXP_AVG=TL[exp_avg],
             EXP_AVG_SQ=TL[exp_avg_sq],
-            HAS_MASTER=has_master,
+            HAS_MASTER=mastered,
             HAS_SKIP=skip is not None,
-            ALIGNED=aligned,
+            STOCHASTIC=rounding is not None and param == torch.bfloat16 and not mastered,
             ACC=TL[ACC[param]],
             COLUMNS=COLUMNS,
             **launch_config(),
