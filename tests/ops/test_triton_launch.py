@@ -219,6 +219,7 @@ def compile_launches(arch):
     packed = ranges((torch.tensor([0, 9, 40]),) * 2, 40, 40, True, None)
     out, lse = triton_impl.forward(q, k, v, *options, packed)
     triton_backward.backward(out, q, k, v, out, lse, *options, (True,) * 3, ranges=packed)
+    triton_impl.forward(*(t.double() for t in (q, k, v)), *options, packed)
     for N in (768, 20000):
         x, w = torch.zeros(2, N, dtype=torch.bfloat16), torch.ones(N)
         y, h, mean, rstd = norm.forward(x, w, w, 1e-5, x, 0.1, 7)
@@ -246,6 +247,7 @@ def test_compiles_for_a_gpu(arch, tmp_path):
     assert names == [
         *attention,
         *attention,  # of packed documents
+        "_attention_forward_kernel",
         "_layer_norm_forward_kernel",
         "_layer_norm_backward_kernel",
         "_layer_norm_reduce_kernel",

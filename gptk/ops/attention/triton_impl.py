@@ -24,6 +24,7 @@ from gptk.ops.attention.triton_tiles import (
     load_tile,
     masked_start,
     others_of,
+    range_arguments,
     sees,
     store_tile,
     touched,
@@ -38,8 +39,9 @@ __all__ = ["backward", "forward", "launch_config", "unsupported"]
 def launch_config(D: int, itemsize: int, dropout: bool) -> tuple[int, int, int, int]:
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes.
 
-    Without register spills on sm_80 and sm_90 where D is 64, 128 or 256, and within the 99 KiB of
-    shared memory that sm_86 and sm_89 give a program.
+    Without register spills on sm_80 and sm_90 where D is 64, 128 or 256 (packed documents spill
+    some 100 bytes at 256), and within the 99 KiB of shared memory that sm_86 and sm_89 give a
+    program.
     """
     if itemsize == 2:
         if D <= 64:
@@ -120,7 +122,7 @@ def _attention_forward_kernel(
     q_ptr,  # (B, H, Tq, D)
     k_ptr,  # (B, H // GROUP, Tk, D)
     v_ptr,  # (B, H // GROUP, Tk, DV)
-    low_ptr,  # (Tq,) int32: query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
+    low_ptr,  # (Tq,): query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
     high_ptr,
     out_strides,  # (b, h, t) of each: the last stride is 1
     q_strides,
@@ -247,7 +249,7 @@ def forward(
         q,
         k,
         v,
-        *((None, None) if ranges is None else ranges[:2]),
+        *range_arguments(ranges, q.dtype)[:2],
         *(t.stride()[:3] for t in (out, q, k, v)),
         H,
         Tq,

@@ -5,10 +5,24 @@ only the last w of these. A program owns a tile of one side and visits the tiles
 that it sees at all; those it sees in full need no mask, so they have a loop of their own.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from gptk.ops.attention.ranges import Ranges
 from gptk.ops.triton_launch import INTERPRETED, widen
+
+
+def range_arguments(ranges: Ranges | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The kernel arguments of the queries' ranges and of the keys', low and high each.
+
+    64 bits wide for float64: Triton 3.7 lays the operands of a product out by the narrowest number
+    that was loaded for them, and has no float64 product in the layout for 32 bits.
+    """
+    if ranges is None:
+        return (None,) * 4
+    return tuple(t.to(torch.int64) for t in ranges) if dtype == torch.float64 else ranges
 
 
 @triton.jit
@@ -94,11 +108,12 @@ def others_of(low_ptr, high_ptr, start, T, BLOCK: tl.constexpr, BLOCK_OTHER: tl.
     """What owners start .. start + BLOCK - 1 of T visit of the other side, of ranges: (low, high)
     of each owner, (0, 0) past T, and the tiles as keys_of and queries_of give them."""
     owner = start + tl.arange(0, BLOCK)
-    low = tl.load(low_ptr + owner, mask=owner < T, other=0)
-    high = tl.load(high_ptr + owner, mask=owner < T, other=0)
-    last = tl.minimum(start + BLOCK, T) - 1
-    some_low, all_low = tl.load(low_ptr + start), tl.load(low_ptr + last)  # neither end falls
-    all_high, some_high = tl.load(high_ptr + start), tl.load(high_ptr + last)
+    low = tl.load(low_ptr + owner, mask=owner < T, other=0).to(tl.int32)
+    high = tl.load(high_ptr + owner, mask=owner < T, other=0).to(tl.int32)
+    last = tl.minimum(start + BLOCK, T) - 1  # neither end falls from start to last
+    some_low, all_low = tl.load(low_ptr + start).to(tl.int32), tl.load(low_ptr + last).to(tl.int32)
+    all_high = tl.load(high_ptr + start).to(tl.int32)
+    some_high = tl.load(high_ptr + last).to(tl.int32)
     # as in queries_of; a tile of queries would not need it
     all_high = tl.where(start + BLOCK > T, 0, all_high)
     first, left, full_start, full_end, masked = _visit(
