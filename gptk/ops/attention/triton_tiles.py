@@ -38,7 +38,7 @@ def sees(query, key, Tq, Tk, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.conste
 
 
 @triton.jit
-def _visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr):
+def visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr):
     """(first, left, full_start, full_end, masked): how to visit the tiles of [some_low, some_high).
 
     Tiles inside [all_low, all_high) are seen in full: [full_start, full_end). `masked` others need
@@ -74,7 +74,7 @@ def keys_of(
         if HAS_WINDOW:
             some_low = tl.maximum(all_high - window, 0)
             all_low = tl.maximum(some_high - window, 0)
-    return _visit(some_low, all_low, all_high, some_high, BLOCK_K)
+    return visit(some_low, all_low, all_high, some_high, BLOCK_K)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def queries_of(
             all_high = tl.minimum(start - (Tk - Tq) + window, Tq)
     # p of a key past the edge may overflow: no tile of such keys goes without a mask
     all_high = tl.where(start + BLOCK_K > Tk, 0, all_high)
-    return _visit(some_low, all_low, all_high, some_high, BLOCK_Q)
+    return visit(some_low, all_low, all_high, some_high, BLOCK_Q)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def others_of(low_ptr, high_ptr, start, T, BLOCK: tl.constexpr, BLOCK_OTHER: tl.
     some_high = tl.load(high_ptr + last).to(tl.int32)
     # as in queries_of; a tile of queries would not need it
     all_high = tl.where(start + BLOCK > T, 0, all_high)
-    first, left, full_start, full_end, masked = _visit(
+    first, left, full_start, full_end, masked = visit(
         some_low, all_low, all_high, some_high, BLOCK_OTHER
     )
     return low, high, first, left, full_start, full_end, masked
