@@ -186,7 +186,7 @@ def compile_launches(arch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from gptk.ops.attention import triton_backward, triton_impl
+    from gptk.ops.attention import triton_backward, triton_decode, triton_impl
     from gptk.ops.attention.ranges import ranges
     from gptk.ops.layer_norm import triton_backward as norm_backward
     from gptk.ops.layer_norm import triton_impl as norm
@@ -208,7 +208,7 @@ def compile_launches(arch):
         print(json.dumps(found))
 
     driver.set_active(NamesAGpu())
-    for module in (triton_impl, triton_backward, norm, norm_backward):
+    for module in (triton_impl, triton_backward, triton_decode, norm, norm_backward):
         module.launch = compile_only
     qkv = torch.zeros(1, 40, 3, 2, 64, dtype=torch.bfloat16)
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
@@ -219,6 +219,9 @@ def compile_launches(arch):
     packed = ranges((torch.tensor([0, 9, 40]),) * 2, 40, 40, True, None)
     out, lse = triton_impl.forward(q, k, v, *options, packed)
     triton_backward.backward(out, q, k, v, out, lse, *options, (True,) * 3, ranges=packed)
+    triton_impl.forward(*(t.double() for t in (q, k, v)), *options, packed)
+    cache = torch.zeros(1, 1, 4096, 64, dtype=torch.bfloat16)
+    triton_impl.forward(q[:, :, :1], cache, cache, *options)
     for N in (768, 20000):
         x, w = torch.zeros(2, N, dtype=torch.bfloat16), torch.ones(N)
         y, h, mean, rstd = norm.forward(x, w, w, 1e-5, x, 0.1, 7)
@@ -246,6 +249,9 @@ def test_compiles_for_a_gpu(arch, tmp_path):
     assert names == [
         *attention,
         *attention,  # of packed documents
+        "_attention_forward_kernel",
+        "_attention_part_kernel",
+        "_attention_join_kernel",
         "_layer_norm_forward_kernel",
         "_layer_norm_backward_kernel",
         "_layer_norm_reduce_kernel",
@@ -257,7 +263,8 @@ def test_compiles_for_a_gpu(arch, tmp_path):
     for kernel in found:
         assert kernel["shared"] <= 99 * 1024, kernel
         uses_tensor_cores = kernel["dots"] > 0
-        is_product = "attention" in kernel["name"] and "delta" not in kernel["name"]
+        is_product = kernel["name"] in {*attention, "_attention_part_kernel"}
+        is_product &= kernel["name"] != "attention_delta_kernel"
         assert uses_tensor_cores == is_product, kernel
 
 

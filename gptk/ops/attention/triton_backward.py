@@ -14,6 +14,7 @@ from gptk.ops.attention import triton_dkdv, triton_dq
 from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_dkdv import attention_dkdv_kernel
 from gptk.ops.attention.triton_dq import attention_delta_kernel, attention_dq_kernel
+from gptk.ops.attention.triton_tiles import range_arguments
 from gptk.ops.triton_launch import architecture, dropout_arguments, launch, split_seed
 
 
@@ -76,6 +77,7 @@ def backward(
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": block_dv,
     }
+    limits = range_arguments(ranges, q.dtype)
     dq = dk = dv = None
     if needs[0]:
         block_q, block_k, num_warps, num_stages = triton_dq.launch_config(*asked)
@@ -86,7 +88,7 @@ def backward(
             (triton.cdiv(Tq, block_q) * B * H,),
             q.device,
             *arguments,
-            *((None, None) if ranges is None else ranges[:2]),
+            *limits[:2],
             *(t.stride()[:3] for t in arguments[:5]),
             *scalars,
             BLOCK_Q=block_q,
@@ -104,7 +106,7 @@ def backward(
             (triton.cdiv(Tk, block_k) * B * Hkv,),
             q.device,
             *pointers,
-            *((None, None) if ranges is None else ranges[2:]),
+            *limits[2:],
             *(t.stride()[:3] for t in pointers[:6]),
             *scalars,
             BLOCK_Q=block_q,

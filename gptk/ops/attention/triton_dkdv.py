@@ -122,7 +122,7 @@ def attention_dkdv_kernel(
     v_ptr,  # (B, H // GROUP, Tk, DV)
     lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
     delta_ptr,  # (B, H, Tq) accumulator dtype, contiguous
-    low_ptr,  # (Tk,) int32: key j is seen by queries low[j] .. high[j] - 1; None: see CAUSAL
+    low_ptr,  # (Tk,): key j is seen by queries low[j] .. high[j] - 1; None: see CAUSAL
     high_ptr,
     dk_strides,
     dv_strides,

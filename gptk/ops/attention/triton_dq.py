@@ -128,7 +128,7 @@ def attention_dq_kernel(
     v_ptr,  # (B, H // GROUP, Tk, DV)
     lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
     delta_ptr,  # (B, H, Tq) accumulator dtype, contiguous
-    low_ptr,  # (Tq,) int32: query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
+    low_ptr,  # (Tq,): query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
     high_ptr,
     dq_strides,
     dout_strides,

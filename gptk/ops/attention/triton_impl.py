@@ -4,10 +4,7 @@ FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a program owns BL
 one head and runs over the keys with an online softmax. Tiles that no query of the program sees are
 skipped, those that all see are not masked. Traffic: q and out once, k and v once for each tile of
 queries. Grouped heads share k and v by indexing.
-
-The exponent is formed as s - top before the change to base 2 that the hardware's exponential needs:
-folding log2(e) into the scale saves one multiplication a score, but rounds with the size of s, and
-the gradients of scores of size 50 then err three times as much as torch's.
+A few queries over many keys go to triton_decode, which splits the keys.
 """
 
 import torch
@@ -15,24 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptk.ops.attention import triton_decode
 from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_backward import backward
+from gptk.ops.attention.triton_softmax import softmax_step
 from gptk.ops.attention.triton_tiles import (
-    dot,
     edge,
-    finite_or_zero,
-    has_bad,
     keys_of,
     load_tile,
     mark_bad,
     masked_start,
     others_of,
+    range_arguments,
     sees,
     store_tile,
     touched,
     within,
 )
-from gptk.ops.philox_triton import keep_tile, philox_key
+from gptk.ops.philox_triton import philox_key
 from gptk.ops.triton_launch import (
     ACC,
     architecture,
@@ -52,71 +49,6 @@ def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple
     return tuned("attention", "forward", arch, 8 * dtype.itemsize, D, dropout)
 
 
-@triton.jit
-def _forward_tile(
-    acc,
-    norm,
-    top,
-    bad,
-    q,
-    k_ptr,
-    v_ptr,
-    start,
-    query,
-    row,
-    low,
-    high,
-    k_stride,
-    v_stride,
-    Tq,
-    Tk,
-    window,
-    factor,
-    key_low,
-    key_high,
-    threshold,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One step of the online softmax: (acc, norm, top, bad) after BLOCK_K keys from `start` on."""
-    k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
-    v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
-    s = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), acc.dtype)) * factor
-    if MASKED:
-        key = start + tl.arange(0, BLOCK_K)
-        if HAS_RANGES:
-            seen = within(low[:, None], high[:, None], key[None, :])
-        else:
-            seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
-        s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, axis=1))
-    # a row that has seen no key yet has top = -inf, and -inf - -inf would be NaN
-    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    p = tl.exp(s - safe_top[:, None])
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-    shrink = tl.exp(top - safe_top)
-    norm = norm * shrink + tl.sum(p, axis=1)
-    acc = acc * shrink[:, None]
-    if HAS_DROPOUT:
-        p = tl.where(keep_tile(key_low, key_high, row, start, threshold, BLOCK_K), p, 0.0)
-    if MASKED:
-        bad |= has_bad(v, acc.dtype)  # rare, and dealt with after the loops
-        acc = dot(narrow(p, v.dtype), finite_or_zero(v, acc.dtype), acc)
-    else:
-        acc = dot(narrow(p, v.dtype), v, acc)
-    return acc, norm, new_top, bad
-
-
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
 def _attention_forward_kernel(
     out_ptr,  # (B, H, Tq, DV)
@@ -124,7 +56,7 @@ def _attention_forward_kernel(
     q_ptr,  # (B, H, Tq, D)
     k_ptr,  # (B, H // GROUP, Tk, D)
     v_ptr,  # (B, H // GROUP, Tk, DV)
-    low_ptr,  # (Tq,) int32: query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
+    low_ptr,  # (Tq,): query i sees keys low[i] .. high[i] - 1; None: see CAUSAL, HAS_WINDOW
     high_ptr,
     out_strides,  # (b, h, t) of each: the last stride is 1
     q_strides,
@@ -185,7 +117,7 @@ def _attention_forward_kernel(
         )
     for start_full in range(full_start, full_end, BLOCK_K):
         start = tl.multiple_of(start_full, BLOCK_K)
-        acc, norm, top, bad = _forward_tile(
+        acc, norm, top, bad = softmax_step(
             acc, norm, top, bad, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
             v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
             HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, False,
@@ -193,7 +125,7 @@ def _attention_forward_kernel(
     for index in tl.range(0, masked, num_stages=1):
         start = masked_start(index, first, left, full_end, EDGE)
         if not HAS_RANGES or touched(low, high, start, EDGE):
-            acc, norm, top, bad = _forward_tile(
+            acc, norm, top, bad = softmax_step(
                 acc, norm, top, bad, q, k_ptr, v_ptr, start, query, row, low, high, k_strides[2],
                 v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
                 HAS_WINDOW, HAS_RANGES, HAS_DROPOUT, BLOCK_Q, EDGE, BLOCK_D, BLOCK_DV, True,
@@ -247,7 +179,9 @@ def forward(
     `ranges`, where given, say who sees whom in place of causal and window.
     """
     B, H, Tq, D = q.shape
-    Tk, DV = v.shape[2:]
+    Hkv, Tk, DV = v.shape[1:]
+    if ranges is None and triton_decode.pays(B, Hkv, Tq, Tk, window):
+        return triton_decode.forward(q, k, v, causal, scale, dropout_p, seed, window)
     strides = (Tq * H * DV, DV, H * DV, 1)
     out = torch.empty_strided((B, H, Tq, DV), strides, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
@@ -263,7 +197,7 @@ def forward(
         q,
         k,
         v,
-        *((None, None) if ranges is None else ranges[:2]),
+        *range_arguments(ranges, q.dtype)[:2],
         *(t.stride()[:3] for t in (out, q, k, v)),
         H,
         Tq,
@@ -272,7 +206,7 @@ def forward(
         scale,
         *split_seed(seed if dropout_p else 0, q.device),
         *dropout_arguments(dropout_p),
-        GROUP=H // k.shape[1],
+        GROUP=H // Hkv,
         D=D,
         DV=DV,
         CAUSAL=causal and ranges is None,

@@ -6,9 +6,12 @@ that it sees at all; those it sees in full need no mask, so they have a loop of 
 with a mask are narrower, because they hold more at a time: registers are what bounds these kernels.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from gptk.ops.attention.ranges import Ranges
 from gptk.ops.triton_launch import INTERPRETED, widen
 
 
@@ -16,6 +19,17 @@ from gptk.ops.triton_launch import INTERPRETED, widen
 def edge(BLOCK, BLOCK_D, BLOCK_DV):
     """Width of the tiles with a mask, for the width BLOCK of those without."""
     return min(BLOCK, 16 if max(BLOCK_D, BLOCK_DV) > 128 else 32)
+
+
+def range_arguments(ranges: Ranges | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """The kernel arguments of the queries' ranges and of the keys', low and high each.
+
+    64 bits wide for float64: Triton 3.7 lays the operands of a product out by the narrowest number
+    that was loaded for them, and has no float64 product in the layout for 32 bits.
+    """
+    if ranges is None:
+        return (None,) * 4
+    return tuple(t.to(torch.int64) for t in ranges) if dtype == torch.float64 else ranges
 
 
 @triton.jit
@@ -31,7 +45,7 @@ def sees(query, key, Tq, Tk, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.conste
 
 
 @triton.jit
-def _visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+def visit(some_low, all_low, all_high, some_high, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """(first, left, full_start, full_end, masked): how to visit the tiles of [some_low, some_high).
 
     Tiles of BLOCK inside [all_low, all_high) are seen in full: [full_start, full_end). `masked`
@@ -69,7 +83,7 @@ def keys_of(
         if HAS_WINDOW:
             some_low = tl.maximum(all_high - window, 0)
             all_low = tl.maximum(some_high - window, 0)
-    return _visit(some_low, all_low, all_high, some_high, BLOCK_K, EDGE)
+    return visit(some_low, all_low, all_high, some_high, BLOCK_K, EDGE)
 
 
 @triton.jit
@@ -96,7 +110,7 @@ def queries_of(
             all_high = tl.minimum(start - (Tk - Tq) + window, Tq)
     # p of a key past the edge may overflow: no tile of such keys goes without a mask
     all_high = tl.where(start + BLOCK_K > Tk, 0, all_high)
-    return _visit(some_low, all_low, all_high, some_high, BLOCK_Q, EDGE)
+    return visit(some_low, all_low, all_high, some_high, BLOCK_Q, EDGE)
 
 
 @triton.jit
@@ -106,14 +120,15 @@ def others_of(
     """What owners start .. start + BLOCK - 1 of T visit of the other side, of ranges: (low, high)
     of each owner, (0, 0) past T, and the tiles as keys_of and queries_of give them."""
     owner = start + tl.arange(0, BLOCK)
-    low = tl.load(low_ptr + owner, mask=owner < T, other=0)
-    high = tl.load(high_ptr + owner, mask=owner < T, other=0)
-    last = tl.minimum(start + BLOCK, T) - 1
-    some_low, all_low = tl.load(low_ptr + start), tl.load(low_ptr + last)  # neither end falls
-    all_high, some_high = tl.load(high_ptr + start), tl.load(high_ptr + last)
+    low = tl.load(low_ptr + owner, mask=owner < T, other=0).to(tl.int32)
+    high = tl.load(high_ptr + owner, mask=owner < T, other=0).to(tl.int32)
+    last = tl.minimum(start + BLOCK, T) - 1  # neither end falls from start to last
+    some_low, all_low = tl.load(low_ptr + start).to(tl.int32), tl.load(low_ptr + last).to(tl.int32)
+    all_high = tl.load(high_ptr + start).to(tl.int32)
+    some_high = tl.load(high_ptr + last).to(tl.int32)
     # as in queries_of; a tile of queries would not need it
     all_high = tl.where(start + BLOCK > T, 0, all_high)
-    first, left, full_start, full_end, masked = _visit(
+    first, left, full_start, full_end, masked = visit(
         some_low, all_low, all_high, some_high, BLOCK_OTHER, EDGE
     )
     return low, high, first, left, full_start, full_end, masked
