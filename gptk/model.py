@@ -14,8 +14,8 @@ from gptk import block_native
 from gptk.block import OPS, BlockFunction, Plan, decode, parameter_sizes
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
-from gptk.ops.contract import autocast_dtype, kernels_of, transformed
-from gptk.random import Seed, check_probability, derive_seed, draw_seed
+from gptk.ops.contract import addressable, autocast_dtype, kernels_of, tracing, transformed
+from gptk.random import Seed, check_probability, derive_seed, draw_seed, seed_tensor
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class Block(nn.Module):
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
         kernels = None
         if cache is None or not torch.is_grad_enabled():
-            kernels = self._kernels(x) if branch is None or branch.shape == x.shape else None
+            kernels = self._kernels(branch, x) if _one_shape(branch, x) else None
         if kernels is not None:
             return self._fused(kernels, branch, x, seed, layer, cache)
         seeds = _seeds(seed, layer)
@@ -82,8 +82,10 @@ class Block(nn.Module):
             inside.get("c_attn"), inside.get("c_proj"), within.get("c_fc"), within.get("c_proj"),
         )  # fmt: skip
 
-    def _kernels(self, x: Tensor) -> tuple[ModuleType, ...] | None:
+    def _kernels(self, branch: Tensor | None, x: Tensor) -> tuple[ModuleType, ...] | None:
         """The kernels of the whole block, if one backend has them all and nobody looks inside."""
+        if tracing() or transformed():
+            return None
         layers = self._layers()
         if tuple(map(type, layers)) != BLOCK_PARTS:
             return None
@@ -101,11 +103,11 @@ class Block(nn.Module):
             return None
         if not ln_1.backend == attn.backend == ln_2.backend == mlp.backend:
             return None
-        if torch.compiler.is_compiling() or transformed():
-            return None
         parameters, device = _parameters(layers), x.device
         if any(parameters[place] is None for place in block_native.MATRICES):
             return None  # they are kept elsewhere
+        if not addressable(branch, x, *parameters):
+            return None
         sizes = parameter_sizes(x.shape[-1], layers[6].weight.shape[0])
         for t, size in zip(parameters, sizes, strict=True):
             if t is not None and (t.shape != size or t.device != device):
@@ -139,6 +141,10 @@ class Block(nn.Module):
         if shape is not None:
             return block_native.NativeBlockFunction.apply(plan, shape, branch, x, *parameters)
         return BlockFunction.apply(plan, branch, x, *parameters)
+
+
+def _one_shape(branch: Tensor | None, x: Tensor) -> bool:
+    return branch is None or branch.shape == x.shape
 
 
 def _seeds(seed: Seed, layer: int) -> tuple[Any, Any, Any]:
@@ -213,6 +219,7 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens for block_size={self.config.block_size}")
         p = self.config.dropout if self.training else 0.0
         seed = (draw_seed() if p else 0) if seed is None else seed
+        seed = seed_tensor(seed) if tracing() and p else seed
         table, weight = self.wte.weight, self.lm_head.weight
         sparse = targets is not None and self._few_rows(idx)
         if sparse:
@@ -235,11 +242,11 @@ class GPT(nn.Module):
         than to make a second one, of zeros but for these rows, and to add that."""
         weight = self.lm_head.weight
         return (
-            weight.numel() > 16 * idx.numel() * self.config.n_embd
+            not tracing()
+            and not transformed()
+            and weight.numel() > 16 * idx.numel() * self.config.n_embd
             and weight is self.wte.weight
             and idx.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not transformed()
             and kernels_of(("linear_cross_entropy",), self.backend, "cpu", weight.dtype) is not None
         )
 

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gptk.ops.contract import is_reference, resolve
+from gptk.ops.contract import check_addresses, is_reference, resolve
 
 
 def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """The L2 norm of all gradients together: 0-dim float64, no overflow for 100 x 1e20."""
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    return resolve("adamw", backend, grads[0]).norm([g.contiguous() for g in grads])
+    impl = resolve("adamw", backend, grads[0])
+    if not is_reference(impl):
+        check_addresses("grad_norm", grads)
+    return impl.norm([g.contiguous() for g in grads])
 
 
 @torch.no_grad()
@@ -63,6 +66,8 @@ def adamw_(
     kept = [None] * count if masters is None else list(masters)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _check({**lists, "step": step, "masters": kept, "lr": rates, "weight_decay": decays})
+    if not is_reference(impl):
+        check_addresses("adamw_", params, grads, exp_avgs, exp_avg_sqs, step)
     # a kernel follows their addresses too
     wait = device.type == "cpu"  # a copy to it that does not is read too early
     norm, grad_scale, found_inf = (

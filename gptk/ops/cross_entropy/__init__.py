@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
@@ -16,6 +18,8 @@ from gptk.ops.contract import (
     resolve,
     transformed,
 )
+from gptk.ops.cross_entropy import compiled
+from gptk.ops.cross_entropy.compiled import dense_rows, gradient_of_rows, reduce
 
 
 def cross_entropy(
@@ -65,6 +69,10 @@ def cross_entropy(
 
         return definition(input, target, weight, ignore_index, reduction, label_smoothing)
     options = (ignore_index, label_smoothing)
+    if not addressable(input, target):
+        x = input if input.stride(-1) == 1 else input.contiguous()
+        loss = compiled.op(x, target.contiguous(), *options, reduction, backend_of(impl))[0]
+        return loss.to(input.dtype)
     if reduction == "none":
         return CrossEntropyFunction.apply(impl, input, target, *options).to(input.dtype)
     return ReducedFunction.apply(impl, input, target, *options, reduction)
@@ -93,7 +101,7 @@ def check_targets(target: Tensor, rows: torch.Size, V: int, ignore_index: int) -
     """
     if target.shape != rows:
         raise ValueError(f"target {tuple(target.shape)} for rows of logits {tuple(rows)}")
-    if not target.is_cpu or torch.compiler.is_compiling() or transformed():
+    if not target.is_cpu or transformed() or not addressable(target):
         return
     if target.numel():
         low, high = (bound.item() for bound in target.aminmax())
@@ -102,15 +110,6 @@ def check_targets(target: Tensor, rows: torch.Size, V: int, ignore_index: int) -
         bad = ((target < 0) | (target >= V)) & (target != ignore_index)
         if bad.any():
             raise IndexError(f"target {target[bad][0].item()} is outside [0, {V})")
-
-
-def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The mean over targets that count, the sum, or the rows themselves."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (target != ignore_index).sum()
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -151,10 +150,7 @@ class ReducedFunction(torch.autograd.Function):
     ) -> Tensor:
         logits, target = _as_read(input, target)
         loss, lse = impl.forward(logits, target, ignore_index, smooth)
-        result, counted = loss.sum(), None
-        if reduction == "mean":
-            counted = (target != ignore_index).sum()
-            result = result / counted
+        result, counted = reduce(loss, target, ignore_index, reduction)
         ctx.save_for_backward(logits, target, lse, counted)
         ctx.impl, ctx.options = impl, (ignore_index, smooth)
         return result.to(input.dtype)
@@ -164,15 +160,11 @@ class ReducedFunction(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, upstream: Tensor) -> Any:
         logits, target, lse, counted = ctx.saved_tensors
-        dloss = upstream.to(lse.dtype)
-        if counted is not None:
-            dloss = dloss / counted
-        dloss = dloss.expand(lse.shape).contiguous()
+        dloss = gradient_of_rows(upstream, counted, lse)
         dlogits = ctx.impl.backward(dloss, logits, target, lse, *ctx.options)
         return None, dlogits, None, None, None, None
 
 
 def _as_read(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(logits with adjacent columns, target) as the kernels read them by address."""
-    dense = input.stride(-1) == 1 and not input.is_neg()
-    return input if dense else readable(input), readable(target)
+    return dense_rows(input), readable(target)

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
     readable,
     resolve,
 )
-from gptk.random import Seed, check_probability, draw_seed
+from gptk.ops.layer_norm import compiled
+from gptk.ops.layer_norm.compiled import gradient_weight
+from gptk.random import Seed, check_probability, draw_seed, seed_tensor
 
 
 def layer_norm(
@@ -67,6 +71,12 @@ def layer_norm(
         from gptk.ops.layer_norm.reference import layer_norm as definition
 
         return definition(input, shape, weight, bias, eps, residual, dropout_p, seed)
+    if not addressable(input, weight, bias, residual):
+        x, r = (None if t is None else t.contiguous() for t in (input, residual))
+        drawn = seed_tensor(seed) if dropout_p else None
+        options = (len(shape), eps, float(dropout_p), drawn, backend_of(impl))
+        y, h, *_ = compiled.op(x, r, weight, bias, *options)
+        return y if residual is None else (y, h)
     return LayerNormFunction.apply(
         impl, input, math.prod(shape), weight, bias, eps, residual, dropout_p, seed
     )
@@ -125,9 +135,7 @@ class LayerNormFunction(torch.autograd.Function):
         w = None if weight is None else readable(weight.reshape(N))
         b = None if bias is None else readable(bias.reshape(N))
         y, h, mean, rstd = impl.forward(x, w, b, eps, r, dropout_p, seed)
-        if b is not None and b.dtype.itemsize > (y if w is None else w).dtype.itemsize:
-            # both gradients come in the saved weight's dtype: the wider of the two
-            w = y.new_ones(N, dtype=b.dtype) if w is None else w.to(b.dtype)
+        w = gradient_weight(w, None if b is None else b.dtype, y)
         shape = input.shape
         y.resize_(*shape)
         if h is not None:

@@ -8,16 +8,22 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
+    constant_when_traced,
+    implementation,
     is_reference,
     once_differentiable,
     outside_autocast,
-    parameter,
     readable,
     resolve,
 )
-from gptk.ops.cross_entropy import as_class_ids, check_reduction, check_targets, reduce_rows
+from gptk.ops.cross_entropy import as_class_ids, check_reduction, check_targets
+from gptk.ops.cross_entropy.compiled import reduce
 from gptk.ops.linear import check_product
+from gptk.ops.linear_cross_entropy import compiled
+from gptk.ops.linear_cross_entropy.compiled import as_read, known_gradient_of_rows
 
 
 def linear_cross_entropy(
@@ -61,6 +67,10 @@ def linear_cross_entropy(
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
         loss = definition(rows, linear_weight, flat, linear_bias, *options)
+    elif not addressable(rows, linear_weight, linear_bias, flat):
+        loss = _traced(impl, rows, linear_weight, linear_bias, flat, options, cast, reduction)
+        loss = loss.view(target.shape) if reduction == "none" else loss
+        return loss if cast is not None else loss.to(input.dtype)
     elif reduction != "none" and _gradients_come_with_the_loss(
         impl, cast or input.dtype, input, linear_weight, linear_bias
     ):
@@ -72,9 +82,27 @@ def linear_cross_entropy(
         loss = LinearCrossEntropyFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, *options, cast
         )
-    loss = reduce_rows(loss, flat, ignore, reduction)
+    loss, _ = reduce(loss, flat, ignore, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return loss if cast is not None else loss.to(input.dtype)
+
+
+def _traced(
+    impl: ModuleType,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    options: tuple[int, float],
+    cast: torch.dtype | None,
+    reduction: str,
+) -> Tensor:
+    """The call as a custom op: the same gradients come with the loss as in eager mode."""
+    dtype, parts = cast or rows.dtype, (rows, weight, bias)
+    early = reduction != "none" and _gradients_come_with_the_loss(impl, dtype, *parts)
+    with_loss = [early and t is not None and t.requires_grad for t in parts]
+    inputs = (rows.to(dtype).contiguous(), weight, bias, target.contiguous())
+    return compiled.op(*inputs, *options, reduction, with_loss, backend_of(impl))[0]
 
 
 def _gradients_come_with_the_loss(
@@ -84,23 +112,15 @@ def _gradients_come_with_the_loss(
     logits before they are rounded, or they underflow."""
     kinds = {compute, *(t.dtype for t in tensors if t is not None)}
     return (
-        hasattr(impl, "loss_and_gradients")
-        and torch.float16 not in kinds
+        torch.float16 not in kinds
         and torch.is_grad_enabled()
+        and _forms_gradients(backend_of(impl))
     )
 
 
-def _as_read(
-    impl: ModuleType,
-    dtype: torch.dtype,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(input, weight, bias, target) as the implementation reads them by address."""
-    b = None if bias is None else parameter(impl, bias, dtype)
-    return readable(input, dtype), parameter(impl, weight, dtype), b, readable(target)
+@constant_when_traced
+def _forms_gradients(backend: str) -> bool:
+    return hasattr(implementation("linear_cross_entropy", backend), "loss_and_gradients")
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -120,7 +140,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         cast: torch.dtype | None,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
+        x, w, b, target = as_read(impl, dtype, input, weight, bias, target)
         loss, lse = impl.forward(x, w, b, target, ignore_index, label_smoothing)
         ctx.save_for_backward(x, w, b, target, lse)
         ctx.impl, ctx.options = impl, (ignore_index, label_smoothing)
@@ -160,19 +180,14 @@ class ReducedFunction(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
+        x, w, b, target = as_read(impl, dtype, input, weight, bias, target)
         options = (ignore_index, label_smoothing)
         dtypes = (weight.dtype, None if bias is None else bias.dtype)
         needs = ctx.needs_input_grad[1:4]
         if not any(needs):
             loss, _ = impl.forward(x, w, b, target, *options)
-            return reduce_rows(loss, target, ignore_index, reduction)
-        counted, factor = 1, 1.0
-        if reduction == "mean":
-            counted = int((target != ignore_index).sum())
-            factor = 1 / counted if counted else math.nan
-        acc = torch.promote_types(dtype, torch.float32)
-        dloss = x.new_full((x.shape[0],), factor, dtype=acc)
+            return reduce(loss, target, ignore_index, reduction)[0]
+        dloss, counted = known_gradient_of_rows(x, target, ignore_index, reduction)
         loss, lse, ctx.gradients = impl.loss_and_gradients(
             x, w, b, target, dloss, *options, *dtypes, needs
         )
