@@ -255,7 +255,12 @@ def tracing() -> bool:
 def addressable(*tensors: Tensor | None) -> bool:
     """Can a kernel be given these tensors' addresses, now? Not while a program is traced, and not
     those of fake tensors and other subclasses: for them an op is a custom op (compiled.py)."""
-    return not tracing() and _PLAIN.issuperset(map(type, tensors))
+    if torch.compiler.is_compiling() or _dispatch_modes():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def check_addresses(op: str, *tensors: Sequence[Tensor]) -> None:

@@ -74,7 +74,8 @@ def cross_entropy(
         loss = compiled.op(x, target.contiguous(), *options, reduction, backend_of(impl))[0]
         return loss.to(input.dtype)
     if reduction == "none":
-        return CrossEntropyFunction.apply(impl, input, target, *options).to(input.dtype)
+        loss = CrossEntropyFunction.apply(impl, input, target, *options)
+        return loss if loss.dtype == input.dtype else loss.to(input.dtype)
     return ReducedFunction.apply(impl, input, target, *options, reduction)
 
 
@@ -101,11 +102,9 @@ def check_targets(target: Tensor, rows: torch.Size, V: int, ignore_index: int) -
     """
     if target.shape != rows:
         raise ValueError(f"target {tuple(target.shape)} for rows of logits {tuple(rows)}")
-    if not target.is_cpu or transformed() or not addressable(target):
-        return
-    if target.numel():
-        low, high = (bound.item() for bound in target.aminmax())
-        if low >= 0 and high < V:
+    if target.is_cpu and not transformed() and addressable(target) and target.numel():
+        low, high = target.aminmax()
+        if low.item() >= 0 and high.item() < V:
             return
         bad = ((target < 0) | (target >= V)) & (target != ignore_index)
         if bad.any():

@@ -109,6 +109,18 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
 
 
+def _readable_as(tensor: Tensor | None, shape: tuple[int, ...]) -> Any:
+    """readable(tensor) in another shape; a view takes longer than most of the rest."""
+    if tensor is None:
+        return None
+    return readable(tensor if tensor.shape == shape else tensor.reshape(shape))
+
+
+def _like(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    gradient = gradient if gradient.shape == shape else gradient.view(shape)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+
+
 class LayerNormFunction(torch.autograd.Function):
     """Saves h (or the input), weight, mean and rstd, whatever the backend.
 
@@ -130,16 +142,16 @@ class LayerNormFunction(torch.autograd.Function):
         dropout_p: float,
         seed: Seed,
     ) -> Any:
-        x = readable(input.reshape(-1, N))
-        r = None if residual is None else readable(residual.reshape(-1, N))
-        w = None if weight is None else readable(weight.reshape(N))
-        b = None if bias is None else readable(bias.reshape(N))
+        shape = input.shape
+        rows = (shape.numel() // N, N)
+        x, r = _readable_as(input, rows), _readable_as(residual, rows)
+        w, b = _readable_as(weight, (N,)), _readable_as(bias, (N,))
         y, h, mean, rstd = impl.forward(x, w, b, eps, r, dropout_p, seed)
         w = gradient_weight(w, None if b is None else b.dtype, y)
-        shape = input.shape
-        y.resize_(*shape)
-        if h is not None:
-            h.resize_(*shape)
+        if shape != rows:
+            y.resize_(*shape)
+            if h is not None:
+                h.resize_(*shape)
         ctx.save_for_backward(x if h is None else h, w, mean, rstd)
         ctx.impl, ctx.dropout_p, ctx.seed, ctx.shape = impl, dropout_p, seed, shape
         ctx.dtypes = (input.dtype, None if residual is None else residual.dtype)
@@ -156,7 +168,8 @@ class LayerNormFunction(torch.autograd.Function):
             return (None,) * 9
         h, weight, mean, rstd = ctx.saved_tensors
         shape, need, used = ctx.shape, ctx.needs_input_grad, dy is not None
-        h = h.view(mean.shape[0], -1)
+        if h.dim() != 2:
+            h = h.view(mean.shape[0], -1)
         dy = torch.zeros_like(h) if dy is None else readable(dy)
         dh = None if dh is None else readable(dh)
         needs = (need[1], need[6], used and need[3], used and need[4])
@@ -164,8 +177,9 @@ class LayerNormFunction(torch.autograd.Function):
             dy, dh, h, weight, mean, rstd, *ctx.dtypes, ctx.dropout_p, ctx.seed, needs
         )
         same = dx is dr  # then one view for both: of two, each leaf would keep one as its gradient
-        dx = None if dx is None else dx.view(*shape)
-        dr = dx if same else None if dr is None else dr.view(*shape)
-        dw = None if dw is None else dw.view(ctx.weight[0]).to(ctx.weight[1])
-        db = None if db is None else db.view(ctx.bias[0]).to(ctx.bias[1])
+        if shape != h.shape:
+            dx = None if dx is None else dx.view(*shape)
+            dr = dx if same else None if dr is None else dr.view(*shape)
+        dw = None if dw is None else _like(dw, *ctx.weight)
+        db = None if db is None else _like(db, *ctx.bias)
         return None, dx, None, dw, db, None, dr, None, None

@@ -59,32 +59,31 @@ def linear_cross_entropy(
     if target.dtype != torch.int64:
         target = as_class_ids(target)
     check_targets(target, input.shape[:-1], linear_weight.shape[0], ignore)
-    rows = input.reshape(-1, input.shape[-1])
-    flat = target.reshape(-1)
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    flat = target if target.dim() == 1 else target.reshape(-1)
     impl = resolve("linear_cross_entropy", backend, input, cast)
     options = (ignore, label_smoothing)
     if is_reference(impl) or input.numel() == 0 or linear_weight.numel() == 0:
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
         loss = definition(rows, linear_weight, flat, linear_bias, *options)
+        loss, _ = reduce(loss, flat, ignore, reduction)
     elif not addressable(rows, linear_weight, linear_bias, flat):
         loss = _traced(impl, rows, linear_weight, linear_bias, flat, options, cast, reduction)
-        loss = loss.view(target.shape) if reduction == "none" else loss
-        return loss if cast is not None else loss.to(input.dtype)
     elif reduction != "none" and _gradients_come_with_the_loss(
         impl, cast or input.dtype, input, linear_weight, linear_bias
     ):
         loss = ReducedFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, *options, cast, reduction
         )
-        return loss if cast is not None else loss.to(input.dtype)
     else:
         loss = LinearCrossEntropyFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, *options, cast
         )
-    loss, _ = reduce(loss, flat, ignore, reduction)
-    loss = loss.view(target.shape) if reduction == "none" else loss
-    return loss if cast is not None else loss.to(input.dtype)
+        loss, _ = reduce(loss, flat, ignore, reduction)
+    if reduction == "none" and target.dim() != 1:
+        loss = loss.view(target.shape)
+    return loss if cast is not None or loss.dtype == input.dtype else loss.to(input.dtype)
 
 
 def _traced(
