@@ -15,7 +15,7 @@ from gptk.block import OPS, BlockFunction, Plan, decode, parameter_sizes
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
 from gptk.ops.contract import addressable, autocast_dtype, kernels_of, tracing, transformed
-from gptk.random import Seed, check_probability, derive_seed, draw_seed, seed_tensor
+from gptk.random import Seed, check_probability, derive_seed, draw_seed
 
 
 @dataclasses.dataclass
@@ -60,7 +60,8 @@ class Block(nn.Module):
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
         kernels = None
         if cache is None or not torch.is_grad_enabled():
-            kernels = self._kernels(branch, x) if _one_shape(branch, x) else None
+            alike = branch is None or branch.shape == x.shape
+            kernels = self._kernels(x) if alike and addressable(branch) else None
         if kernels is not None:
             return self._fused(kernels, branch, x, seed, layer, cache)
         seeds = _seeds(seed, layer)
@@ -82,10 +83,8 @@ class Block(nn.Module):
             inside.get("c_attn"), inside.get("c_proj"), within.get("c_fc"), within.get("c_proj"),
         )  # fmt: skip
 
-    def _kernels(self, branch: Tensor | None, x: Tensor) -> tuple[ModuleType, ...] | None:
+    def _kernels(self, x: Tensor) -> tuple[ModuleType, ...] | None:
         """The kernels of the whole block, if one backend has them all and nobody looks inside."""
-        if tracing() or transformed():
-            return None
         layers = self._layers()
         if tuple(map(type, layers)) != BLOCK_PARTS:
             return None
@@ -106,7 +105,7 @@ class Block(nn.Module):
         parameters, device = _parameters(layers), x.device
         if any(parameters[place] is None for place in block_native.MATRICES):
             return None  # they are kept elsewhere
-        if not addressable(branch, x, *parameters):
+        if transformed() or not addressable(x, *parameters):
             return None
         sizes = parameter_sizes(x.shape[-1], layers[6].weight.shape[0])
         for t, size in zip(parameters, sizes, strict=True):
@@ -141,10 +140,6 @@ class Block(nn.Module):
         if shape is not None:
             return block_native.NativeBlockFunction.apply(plan, shape, branch, x, *parameters)
         return BlockFunction.apply(plan, branch, x, *parameters)
-
-
-def _one_shape(branch: Tensor | None, x: Tensor) -> bool:
-    return branch is None or branch.shape == x.shape
 
 
 def _seeds(seed: Seed, layer: int) -> tuple[Any, Any, Any]:
@@ -219,7 +214,6 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens for block_size={self.config.block_size}")
         p = self.config.dropout if self.training else 0.0
         seed = (draw_seed() if p else 0) if seed is None else seed
-        seed = seed_tensor(seed) if tracing() and p else seed
         table, weight = self.wte.weight, self.lm_head.weight
         sparse = targets is not None and self._few_rows(idx)
         if sparse:

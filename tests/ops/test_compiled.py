@@ -1,6 +1,8 @@
 """torch.compile, torch.export, fake tensors, checkpoints: each op is one or two registered ops."""
 
 import itertools
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -110,6 +112,22 @@ def test_compiled_gives_the_bits_of_eager(op, case, backend):
 @pytest.mark.parametrize("op, case", [("layer_norm", "residual_dropout"), ("attention", "dropout")])
 def test_compiled_drops_what_eager_drops(op, case, backend):
     assert_compiles_to_the_same(op, values_of(op, case), backend)
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_any_layout_compiled(op, cpp):
+    """Inputs and their gradients with a step of 2 between columns, and 3 for the first result's."""
+    values, names = values_of(op, OFTEN[op][0]), CASES[op].DIFFERENTIABLE
+    for name, t in tensors(values, (*names, "target")).items():
+        values[name] = torch.stack([t, t], dim=-1)[..., 0]
+
+    def apart(outputs):
+        ones = [torch.stack([u] * 3, dim=-1)[..., 0] for u in upstreams(outputs)]
+        return [u.to(o.dtype) for u, o in zip(ones, outputs, strict=True)]
+
+    right = outputs_and_gradients(FUNCTIONS[op], values, names, apart, backend=cpp)
+    found = outputs_and_gradients(compiled(FUNCTIONS[op]), values, names, apart, backend=cpp)
+    assert_equal(found, right)
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
@@ -435,3 +453,14 @@ def test_a_backend_that_cannot_run_is_refused_while_tracing(cpp):
     x = torch.randn(3, 4).to(torch.int32)
     with pytest.raises(Exception, match="dtype int32"):
         compiled(lambda x: GF.gelu(x, backend=cpp))(x)
+
+
+def test_importing_gptk_registers_the_ops_and_no_compiler():
+    """An exported program can be loaded where nothing but gptk has been imported."""
+    names = [f"{op}{suffix}" for op in FUNCTIONS for suffix in ("", "_backward")]
+    code = (
+        "import sys, torch, gptk\n"
+        f"for name in {names}: getattr(torch.ops.gptk, name).default\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
