@@ -70,8 +70,10 @@ def linear_cross_entropy(
         loss, _ = reduce(loss, flat, ignore, reduction)
     elif not addressable(rows, linear_weight, linear_bias, flat):
         loss = _traced(impl, rows, linear_weight, linear_bias, flat, options, cast, reduction)
-    elif reduction != "none" and _gradients_come_with_the_loss(
-        impl, cast or input.dtype, input, linear_weight, linear_bias
+    elif (
+        reduction != "none"
+        and hasattr(impl, "loss_and_gradients")
+        and _gradients_come_with_the_loss(cast or input.dtype, input, linear_weight, linear_bias)
     ):
         loss = ReducedFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, *options, cast, reduction
@@ -98,26 +100,24 @@ def _traced(
 ) -> Tensor:
     """The call as a custom op: the same gradients come with the loss as in eager mode."""
     dtype, parts = cast or rows.dtype, (rows, weight, bias)
-    early = reduction != "none" and _gradients_come_with_the_loss(impl, dtype, *parts)
+    early = (
+        reduction != "none"
+        and _forms_gradients(backend_of(impl))
+        and _gradients_come_with_the_loss(dtype, *parts)
+    )
     with_loss = [early and t is not None and t.requires_grad for t in parts]
     inputs = (rows.to(dtype).contiguous(), weight, bias, target.contiguous())
     return compiled.op(*inputs, *options, reduction, with_loss, backend_of(impl))[0]
 
 
-def _gradients_come_with_the_loss(
-    impl: ModuleType, compute: torch.dtype, *tensors: Tensor | None
-) -> bool:
+def _gradients_come_with_the_loss(compute: torch.dtype, *tensors: Tensor | None) -> bool:
     """Not in float16: what a GradScaler multiplies the loss by has to be in the gradients of the
     logits before they are rounded, or they underflow."""
     kinds = {compute, *(t.dtype for t in tensors if t is not None)}
-    return (
-        torch.float16 not in kinds
-        and torch.is_grad_enabled()
-        and _forms_gradients(backend_of(impl))
-    )
+    return torch.float16 not in kinds and torch.is_grad_enabled()
 
 
-@constant_when_traced
+@constant_when_traced  # a traced program has the implementation's name only
 def _forms_gradients(backend: str) -> bool:
     return hasattr(implementation("linear_cross_entropy", backend), "loss_and_gradients")
 
