@@ -68,9 +68,8 @@ def close(found, right):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_compiled_model_has_the_loss_and_gradients_of_eager(backend, dropout):
-    model, idx = build(backend, dropout, n_layer=1), tokens(1, 5)
+def test_a_compiled_model_has_the_loss_and_gradients_of_eager(backend):
+    model, idx = build(backend, 0.3, n_layer=1), tokens(1, 5)
     traced = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in (torch.tensor(5), torch.tensor(-6)):
         right = loss_and_gradients(model, model, idx, idx, seed=seed)

@@ -55,9 +55,10 @@ def cross_entropy(
     check_reduction(reduction, label_smoothing)
     if autocast_dtype(input) is not None:
         input = input.float()
-    for name, other in (("target", target), ("weight", weight)):
-        if other is not None and other.device != input.device:
-            raise ValueError(f"{name} is on {other.device}, input on {input.device}")
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, input on {input.device}")
+    if weight is not None and weight.device != input.device:
+        raise ValueError(f"weight is on {weight.device}, input on {input.device}")
     if target.dtype != torch.int64 and not target.is_floating_point():
         target = as_class_ids(target)
     plain = weight is None and input.dim() == 2 and not target.is_floating_point()
