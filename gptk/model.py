@@ -14,7 +14,7 @@ from gptk import block_native
 from gptk.block import OPS, BlockFunction, Plan, decode, parameter_sizes
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
-from gptk.ops.contract import autocast_dtype, kernels_of, transformed
+from gptk.ops.contract import addressable, autocast_dtype, kernels_of, tracing, transformed
 from gptk.random import Seed, check_probability, derive_seed, draw_seed
 
 
@@ -60,7 +60,8 @@ class Block(nn.Module):
         """x: residual stream (B, T, C); branch: what is still to be added to it."""
         kernels = None
         if cache is None or not torch.is_grad_enabled():
-            kernels = self._kernels(x) if branch is None or branch.shape == x.shape else None
+            alike = branch is None or branch.shape == x.shape
+            kernels = self._kernels(x) if alike and addressable(branch) else None
         if kernels is not None:
             return self._fused(kernels, branch, x, seed, layer, cache)
         seeds = _seeds(seed, layer)
@@ -101,11 +102,11 @@ class Block(nn.Module):
             return None
         if not ln_1.backend == attn.backend == ln_2.backend == mlp.backend:
             return None
-        if torch.compiler.is_compiling() or transformed():
-            return None
         parameters, device = _parameters(layers), x.device
         if any(parameters[place] is None for place in block_native.MATRICES):
             return None  # they are kept elsewhere
+        if transformed() or not addressable(x, *parameters):
+            return None
         sizes = parameter_sizes(x.shape[-1], layers[6].weight.shape[0])
         for t, size in zip(parameters, sizes, strict=True):
             if t is not None and (t.shape != size or t.device != device):
@@ -235,11 +236,11 @@ class GPT(nn.Module):
         than to make a second one, of zeros but for these rows, and to add that."""
         weight = self.lm_head.weight
         return (
-            weight.numel() > 16 * idx.numel() * self.config.n_embd
+            not tracing()
+            and not transformed()
+            and weight.numel() > 16 * idx.numel() * self.config.n_embd
             and weight is self.wte.weight
             and idx.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not transformed()
             and kernels_of(("linear_cross_entropy",), self.backend, "cpu", weight.dtype) is not None
         )
 

@@ -13,6 +13,8 @@ draws the same words; nothing is stored.
 import torch
 from torch import Tensor
 
+from gptk.ops.contract import tracing
+
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
 _MASK32 = 0xFFFFFFFF
@@ -51,7 +53,7 @@ def keep_mask(
     """
     check_probability(p)
     device = torch.device(device)
-    if device.type == "cpu" and isinstance(seed, int) and not torch.compiler.is_compiling():
+    if device.type == "cpu" and isinstance(seed, int) and not tracing():
         from gptk import native
 
         if native.available() is None:
@@ -63,6 +65,8 @@ def keep_mask_definition(
     seed: Seed, rows: int, cols: int, p: float, device: torch.device | str = "cpu"
 ) -> Tensor:
     """`keep_mask` in plain PyTorch: the definition that every backend is tested against."""
+    if tracing():
+        seed = seed_tensor(seed)
     row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
     return random_words(seed, row, cols) >= round(p * 2**32)
 
@@ -119,10 +123,25 @@ def check_probability(p: float) -> float:
     return p
 
 
-def draw_seed() -> int:
-    """One 64-bit seed from torch's default CPU generator (so torch.manual_seed governs it)."""
-    low, high = torch.randint(0, 2**32, (2,), dtype=torch.int64).tolist()
+def draw_seed() -> Seed:
+    """One 64-bit seed from torch's default CPU generator (so torch.manual_seed governs it).
+
+    Traced (torch.compile, torch.export) it is a tensor, drawn anew at each call; compiled by
+    Inductor the numbers are those of Inductor's generator, which torch.manual_seed governs too.
+    """
+    words = torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu")
+    if tracing():
+        return (words[1] << 32) | words[0]
+    low, high = words.tolist()
     return (high << 32) | low
+
+
+def seed_tensor(seed: Seed) -> Tensor:
+    """The seed as a 0-dim int64 tensor of the same bits: a traced program keeps no int's value."""
+    if isinstance(seed, Tensor):
+        return seed
+    seed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.full((), seed, dtype=torch.int64, device="cpu")
 
 
 def derive_seed(base: Seed, *path: int) -> Seed:
@@ -132,7 +151,7 @@ def derive_seed(base: Seed, *path: int) -> Seed:
     element. A tensor base gives a tensor (int64, same bits), so a traced program does not
     specialise on the seed.
     """
-    state = base
+    state = seed_tensor(base) if tracing() else base
     for part in (-1, *path):
         state = _mix_tensor(state, part) if isinstance(state, Tensor) else _mix(state, part)
     return state

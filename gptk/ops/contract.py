@@ -5,12 +5,12 @@ catalog's order of preference and its measured crossover sizes, and `explain` sa
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,7 +22,16 @@ from gptk.ops.catalog import BACKENDS, CROSSOVER, OPS, PREFERENCE, ROWS
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_default: contextvars.ContextVar[str] = contextvars.ContextVar("gptk_backend", default="auto")
+
+class _Default(threading.local):
+    """What use_backend sets: an attribute, which torch.compile can guard, and an instance's, set
+    in each thread, since of a class's default it would not see that an instance hides it."""
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+
+
+_default = _Default()
 
 
 class Unsupported(RuntimeError):
@@ -43,13 +52,15 @@ def use_backend(name: str) -> Iterator[None]:
 
     The block's own thread only: a new thread starts with auto. A forward that checkpointing runs
     again in backward runs outside of the block too. In both places name the backend at the call
-    (`backend=`) or in the module (its attribute `backend`).
+    (`backend=`) or in the module (its attribute `backend`). Around a compiled function and inside
+    of one it does what it does in eager mode: with another default the function is compiled again.
     """
-    token = _default.set(check_backend(name))
+    before = _default.backend
+    _default.backend = check_backend(name)
     try:
         yield
     finally:
-        _default.reset(token)
+        _default.backend = before
 
 
 @functools.cache
@@ -99,10 +110,12 @@ def resolve(
 
     Raises Unsupported if a named backend cannot. The reference module stands for torch.
     """
-    name = backend if backend is not None else _default.get()
+    name = backend if backend is not None else _default.backend
     if transformed() and name != "torch":
         name = _without_kernels(op, name)
     key = (op, name, tensor.device, dtype or tensor.dtype, tuple(traits.items()))
+    if op != "adamw" and torch.compiler.is_dynamo_compiling():  # adamw_ is no custom op
+        return _traced(tensor, _backends(op, name, key[2].type, key[3], key[4]))
     candidates = _candidates.get(key)
     if candidates is None:
         candidates = _candidates[key] = _resolve(op, name, key[2].type, key[3], traits)
@@ -115,6 +128,36 @@ def resolve(
 
 
 _candidates: dict[tuple[Any, ...], list[tuple[ModuleType, int]]] = {}
+
+
+def constant_when_traced(function: Callable[P, R]) -> Callable[P, R]:
+    """Have torch.compile call this function while it traces, and keep the answer.
+
+    What torch.compiler.assume_constant_result does, which would import all of torch's compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_traced
+def _backends(
+    op: str, backend: str, device: str, dtype: torch.dtype, traits: tuple[tuple[str, object], ...]
+) -> list[tuple[str, int]]:
+    """_resolve by name: torch.compile cannot keep a module that tracing has imported."""
+    found = _resolve(op, backend, device, dtype, dict(traits))
+    return [(backend_of(module), least) for module, least in found]
+
+
+def _traced(tensor: Tensor, candidates: list[tuple[str, int]]) -> ModuleType:
+    size = tensor.numel() if len(candidates) > 1 else 0
+    for name, least in candidates[:-1]:
+        if size >= least:
+            return _NAMED[name]
+    return _NAMED[candidates[-1][0]]
+
+
+_NAMED = {b: ModuleType(".reference" if b == "torch" else f"{b}_impl") for b in BACKENDS}
+"""What stands for an implementation in a traced program, which needs its name and nothing else."""
 
 
 transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -157,7 +200,7 @@ def kernels_of(
     `auto` means the first backend of the order of preference, whatever the size: crossover sizes
     are of single calls, with what a call costs.
     """
-    name = backend if backend is not None else _default.get()
+    name = backend if backend is not None else _default.backend
     key = (ops, name, device, dtype)
     if key not in _kernels:
         if check_backend(name) == "auto":
@@ -186,6 +229,50 @@ def _refusal(
 @functools.cache
 def _module(path: str) -> ModuleType:
     return importlib.import_module(f"gptk.ops.{path}")
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module of one row of the catalog."""
+    return _module(ROWS[op, backend].module)
+
+
+def backend_of(impl: ModuleType) -> str:
+    """The name of the backend that an implementation belongs to."""
+    return "torch" if is_reference(impl) else impl.__name__.rpartition(".")[2].removesuffix("_impl")
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+def tracing() -> bool:
+    """True in torch.compile and torch.export, and under a mode that sees every operator, as that
+    of fake tensors."""
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0
+
+
+def addressable(*tensors: Tensor | None) -> bool:
+    """Can a kernel be given these tensors' addresses, now? Not while a program is traced, and not
+    those of fake tensors and other subclasses: for them an op is a custom op (compiled.py)."""
+    if torch.compiler.is_compiling() or _dispatch_modes():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return True
+
+
+def check_addresses(op: str, *tensors: Sequence[Tensor]) -> None:
+    """For an op that writes to its arguments, and so is no custom op: RuntimeError for tensors
+    without an address, as fake tensors are."""
+    plain = _PLAIN.issuperset(kind for each in tensors for kind in map(type, each))
+    fake = _dispatch_modes() > 0 and torch._C._get_dispatch_mode(_FAKE) is not None
+    if (fake or not plain) and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op} writes to the addresses of its tensors: fake tensors and other subclasses have "
+            "none; take backend='torch' or torch.optim"
+        )
 
 
 def is_reference(impl: ModuleType) -> bool:
@@ -247,7 +334,7 @@ def _asked(
     if model is None:
         for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
             for op in OPS:
-                default = _default.get()
+                default = _default.backend
                 asked[op, default, device, dtype or torch.float32, default == "auto"] = 1
         return asked
     place = next(model.parameters(), torch.empty(0))
@@ -255,7 +342,7 @@ def _asked(
     fused = {id(part) for m in layers if getattr(m, "fuses", False) for part in m.modules()}
     for layer in layers:
         for op in getattr(layer, "ops", ()):
-            backend = getattr(layer, "backend", None) or _default.get()
+            backend = getattr(layer, "backend", None) or _default.backend
             by_size = backend == "auto" and id(layer) not in fused
             key = (op, backend, place.device.type, dtype or place.dtype, by_size)
             asked[key] = asked.get(key, 0) + 1
@@ -335,11 +422,16 @@ def once_differentiable(backward: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(backward)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True reached a gptk kernel, which has no second derivative; "
-                "for double backward take backend='torch'"
-            )
+        refuse_double_backward()
         return backward(*args, **kwargs)
 
     return run
+
+
+def refuse_double_backward() -> None:
+    """Raise RuntimeError if the backward that calls this is to be differentiated in turn."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True reached a gptk kernel, which has no second derivative; "
+            "for double backward take backend='torch'"
+        )

@@ -26,7 +26,8 @@ def multiply(
     wide = product_dtype(dtype)
     x, weight = x.to(wide), weight.to(dtype).to(wide)
     if activation is None and wide == dtype:
-        return linear(x, weight, None if bias is None else bias.to(dtype)), None
+        y = linear(x, weight, None if bias is None else bias.to(dtype))
+        return y, y if keep_pre else None
     return activate(linear(x, weight), bias, activation, dtype, keep_pre)
 
 

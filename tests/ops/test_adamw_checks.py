@@ -135,14 +135,13 @@ def test_scalars_come_to_the_device_of_the_parameters(monkeypatch):
     seen = []
 
     class Fake:
-        __name__ = "fake.reference"
-
         factors = staticmethod(reference.factors)
 
         @staticmethod
         def update(params, grads, m, v, masters, steps, lr, decay, b1, b2, eps, by, skip, rounding):
             seen.extend(x.device for x in (by, skip, *lr, *decay))
 
+    Fake.__name__ = "fake.reference"
     monkeypatch.setattr(op, "resolve", lambda *_: Fake)
     with FakeTensorMode():
         here, there = torch.device("cuda:0"), torch.device("cuda:1")

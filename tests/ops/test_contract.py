@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from equivalence import CASES, FUNCTIONS, KERNELS, convert, require, run, tensors
+from equivalence import (
+    CASES,
+    FORWARD,
+    FUNCTIONS,
+    GRADIENT,
+    KERNELS,
+    accepted,
+    convert,
+    require,
+    run,
+    tensors,
+)
 
 import gptk
 import gptk.functional as GF
@@ -224,6 +235,17 @@ def test_attention_without_heads_or_columns(backend):
     v = torch.randn(2, 2, 5, 3)
     y = attend((2, 2, 4, 0), (2, 2, 5, 0), v)  # every score is 0: the mean
     torch.testing.assert_close(y, v.mean(2, keepdim=True).expand(2, 2, 4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_mlp_without_activation(dtype, backend):
+    values = {**CASES["mlp"].inputs(dtype=dtype, **CASES["mlp"].CASES["odd"]), "activation": None}
+    exact, exact_grad = run("mlp", convert(values, torch.float64), "torch")
+    torchs, torch_grad = run("mlp", values, "torch")
+    out, grad = run("mlp", values, backend)
+    assert accepted(out[0], exact[0], torchs[0], FORWARD)
+    for name, right in exact_grad.items():
+        assert accepted(grad[name], right, torch_grad[name], GRADIENT), name
 
 
 def test_a_head_without_classes(backend):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gptk.ops.contract import is_reference, readable, resolve
+from gptk.ops.contract import check_addresses, is_reference, readable, resolve
 from gptk.random import draw_seed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,7 +18,10 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """The L2 norm of all gradients together: 0-dim float64, no overflow for 100 x 1e20."""
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    return resolve("adamw", backend, grads[0]).norm([readable(g) for g in grads])
+    impl = resolve("adamw", backend, grads[0])
+    if not is_reference(impl):
+        check_addresses("grad_norm", grads)
+    return impl.norm([readable(g) for g in grads])
 
 
 def adamw_(
@@ -126,6 +129,8 @@ def plan(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     others = {"step": step, "masters": kept, "lr": rates, "weight_decay": decays, "rows": places}
     _check({**lists, **others})
+    if not is_reference(impl):
+        check_addresses("adamw_", params, grads, exp_avgs, exp_avg_sqs, step)
     for dtype in {p.dtype for p in params}:
         resolve("adamw", backend, params[0], dtype)
     rounding = None

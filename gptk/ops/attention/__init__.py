@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptk.ops.attention import compiled
+from gptk.ops.attention.compiled import last_dim_dense
 from gptk.ops.attention.ranges import Ranges, offsets, ranges
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
-    readable,
     resolve,
 )
-from gptk.random import Seed, check_probability, draw_seed
+from gptk.random import Seed, check_probability, draw_seed, seed_tensor
 
 
 def attention(
@@ -66,7 +69,7 @@ def attention(
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     if cast is not None:
         query, key, value = query.to(cast), key.to(cast), value.to(cast)
-    impl = resolve("attention", backend, query, D=query.shape[-1], Dv=value.shape[-1])
+    impl = resolve("attention", backend, query, D=int(query.shape[-1]), Dv=int(value.shape[-1]))
     if is_reference(impl) or 0 in (query.numel(), key.numel(), value.numel()):
         from gptk.ops.attention.reference import attention as definition
 
@@ -74,6 +77,12 @@ def attention(
     seen = None
     if documents is not None:
         seen = ranges(documents, query.shape[2], key.shape[2], causal, window)
+    if not addressable(query, key, value):
+        drawn = seed_tensor(seed) if dropout_p else None
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        who = (None,) * 4 if seen is None else seen
+        options = (*who, causal, scale, float(dropout_p), drawn, window, backend_of(impl))
+        return compiled.op(q, k, v, *options)[0]
     options = (causal, scale, dropout_p, seed, window)
     return AttentionFunction.apply(impl, query, key, value, seen, *options)
 
@@ -81,21 +90,21 @@ def attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, enable_gqa: bool
 ) -> None:
-    shapes = f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"{shapes}: each must be (B, H, T, D)")
+        raise ValueError(f"{_shapes(q, k, v)}: each must be (B, H, T, D)")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{shapes} do not fit together")
+        raise ValueError(f"{_shapes(q, k, v)} do not fit together")
     if q.shape[1] != k.shape[1] and (not enable_gqa or not k.shape[1] or q.shape[1] % k.shape[1]):
-        raise ValueError(f"{shapes}: {q.shape[1]} query heads for {k.shape[1]} key heads")
+        heads = f"{q.shape[1]} query heads for {k.shape[1]} key heads"
+        raise ValueError(f"{_shapes(q, k, v)}: {heads}")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} or devices differ")
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window={window} needs causal=True and at least 1")
 
 
-def _last_dim_dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 and not t.is_neg() else readable(t)
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -112,7 +121,7 @@ class AttentionFunction(torch.autograd.Function):
         seen: Ranges | None,
         *options: Any,
     ) -> Tensor:
-        q, k, v = _last_dim_dense(q), _last_dim_dense(k), _last_dim_dense(v)
+        q, k, v = last_dim_dense(q), last_dim_dense(k), last_dim_dense(v)
         out, lse = impl.forward(q, k, v, *options, seen)
         ctx.save_for_backward(q, k, v, out, lse, *(seen or ()))
         ctx.impl, ctx.options = impl, options
@@ -125,7 +134,7 @@ class AttentionFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         q, k, v, out, lse, *seen = ctx.saved_tensors
         grads = ctx.impl.backward(
-            _last_dim_dense(dout), q, k, v, out, lse, *ctx.options, needs,
+            last_dim_dense(dout), q, k, v, out, lse, *ctx.options, needs,
             ranges=Ranges(*seen) if seen else None,
         )  # fmt: skip
         return None, *grads, None, None, None, None, None, None

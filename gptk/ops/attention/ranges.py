@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptk.ops.contract import addressable
+
 Offsets = tuple[Tensor, Tensor]
 """(cu_q, cu_k), int64, (documents + 1,): each rises from 0 to its side's length."""
 
@@ -27,7 +29,7 @@ class Ranges(NamedTuple):
 def offsets(query: Tensor, key: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Offsets | None:
     """The documents of query (1, H, Tq, D) and key (1, Hkv, Tk, D); None without cu_q and cu_k.
 
-    Raises ValueError for what can be seen without waiting for a GPU.
+    Raises ValueError for what can be seen without waiting for a GPU, and while nothing traces.
     """
     if cu_q is None:
         if cu_k is not None:
@@ -54,7 +56,7 @@ def _checked(name: str, cu: Tensor, T: int, device: torch.device) -> Tensor:
         raise ValueError(f"{name} {shape}: int32 or int64, one dimension, at least 2 entries")
     if cu.device != device:
         raise ValueError(f"{name} is on {cu.device}, query on {device}")
-    if cu.device.type != "cpu":
+    if cu.device.type != "cpu" or not addressable(cu):
         return clamped(cu, T)
     cu = cu.to(torch.int64).contiguous()
     if cu[0] != 0 or cu[-1] != T or (cu.diff() < 0).any():

@@ -142,15 +142,15 @@ def _attention_part_kernel(
         start = tl.multiple_of(start_full, BLOCK_K)
         acc, norm, top, bad = softmax_step(
             acc, norm, top, bad, q, k_ptr, v_ptr, start, query, row, 0, 0, k_strides[2],
-            v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL, HAS_WINDOW, False,
-            HAS_DROPOUT, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_DV, False,
+            v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
+            HAS_WINDOW, False, HAS_DROPOUT, BLOCK_R, BLOCK_K, BLOCK_D, BLOCK_DV, False,
         )  # fmt: skip
     for index in tl.range(0, masked, num_stages=1):
         start = masked_start(index, first, left, full_end, EDGE)
         acc, norm, top, bad = softmax_step(
             acc, norm, top, bad, q, k_ptr, v_ptr, start, query, row, 0, 0, k_strides[2],
-            v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL, HAS_WINDOW, False,
-            HAS_DROPOUT, BLOCK_R, EDGE, BLOCK_D, BLOCK_DV, True,
+            v_strides[2], Tq, Tk, window, factor, key_low, key_high, threshold, D, DV, CAUSAL,
+            HAS_WINDOW, False, HAS_DROPOUT, BLOCK_R, EDGE, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
     if bad != 0:
         for index in tl.range(0, masked, num_stages=1):

@@ -55,8 +55,10 @@ def softmax_step(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(acc, norm, top, bad) after the keys start .. start+BLOCK_K-1. bad is not 0 once a tile with
-    a mask has had a v that is not finite; triton_tiles.mark_bad then says where, after the loops."""
+    """(acc, norm, top, bad) after the keys start .. start+BLOCK_K-1.
+
+    bad is not 0 once a tile with a mask has had a v that is not finite: mark_bad is then to follow.
+    """
     k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
     v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), acc.dtype)) * factor

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
@@ -17,6 +19,8 @@ from gptk.ops.contract import (
     resolve,
     transformed,
 )
+from gptk.ops.cross_entropy import compiled
+from gptk.ops.cross_entropy.compiled import dense_rows, gradient_of_rows, reduce
 
 
 def cross_entropy(
@@ -66,9 +70,10 @@ def cross_entropy(
         )
     if autocast_dtype(input) is not None:
         input = input.float()
-    for name, other in (("target", target), ("weight", weight)):
-        if other is not None and other.device != input.device:
-            raise ValueError(f"{name} is on {other.device}, input on {input.device}")
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, input on {input.device}")
+    if weight is not None and weight.device != input.device:
+        raise ValueError(f"weight is on {weight.device}, input on {input.device}")
     if not target.is_floating_point():
         target = as_class_ids(target)
     plain = weight is None and input.dim() == 2 and not target.is_floating_point()
@@ -82,8 +87,13 @@ def cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss
         )
     options = (ignore_index, label_smoothing, softcap, z_loss)
+    if not addressable(input, target):
+        x = input if input.stride(-1) == 1 else input.contiguous()
+        loss = compiled.op(x, target.contiguous(), *options, reduction, backend_of(impl))[0]
+        return loss.to(input.dtype)
     if reduction == "none":
-        return CrossEntropyFunction.apply(impl, input, target, *options).to(input.dtype)
+        loss = CrossEntropyFunction.apply(impl, input, target, *options)
+        return loss if loss.dtype == input.dtype else loss.to(input.dtype)
     return ReducedFunction.apply(impl, input, target, reduction, *options)
 
 
@@ -118,24 +128,13 @@ def check_targets(target: Tensor, rows: torch.Size, V: int, ignore_index: int) -
     """
     if target.shape != rows:
         raise ValueError(f"target {tuple(target.shape)} for rows of logits {tuple(rows)}")
-    if not target.is_cpu or torch.compiler.is_compiling() or transformed():
-        return
-    if target.numel():
-        low, high = (bound.item() for bound in target.aminmax())
-        if low >= 0 and high < V:
+    if target.is_cpu and not transformed() and addressable(target) and target.numel():
+        low, high = target.aminmax()
+        if low.item() >= 0 and high.item() < V:
             return
         bad = ((target < 0) | (target >= V)) & (target != ignore_index)
         if bad.any():
             raise IndexError(f"target {target[bad][0].item()} is outside [0, {V})")
-
-
-def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The mean over targets that count, the sum, or the rows themselves."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (target != ignore_index).sum()
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -168,11 +167,7 @@ class ReducedFunction(torch.autograd.Function):
     ) -> Tensor:
         logits, target = _as_read(input, target)
         loss, lse = impl.forward(logits, target, *options)
-        result, counted = loss.sum(), None
-        if reduction == "mean":
-            ignore_index = options[0]
-            counted = (target != ignore_index).sum()
-            result = result / counted
+        result, counted = reduce(loss, target, options[0], reduction)
         ctx.save_for_backward(logits, target, lse, counted)
         ctx.impl, ctx.options = impl, options
         return result.to(input.dtype)
@@ -182,15 +177,11 @@ class ReducedFunction(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, upstream: Tensor) -> Any:
         logits, target, lse, counted = ctx.saved_tensors
-        dloss = upstream.to(lse.dtype)
-        if counted is not None:
-            dloss = dloss / counted
-        dloss = dloss.expand(lse.shape).contiguous()
+        dloss = gradient_of_rows(upstream, counted, lse)
         dlogits = ctx.impl.backward(dloss, logits, target, lse, *ctx.options)
         return None, dlogits, None, None, *(None for _ in ctx.options)
 
 
 def _as_read(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(logits with adjacent columns, target) as the kernels read them by address."""
-    dense = input.stride(-1) == 1 and not input.is_neg()
-    return input if dense else readable(input), readable(target)
+    return dense_rows(input), readable(target)

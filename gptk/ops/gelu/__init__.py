@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
     readable,
     resolve,
 )
+from gptk.ops.gelu import compiled
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -35,6 +38,8 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None
         from gptk.ops.gelu.reference import gelu as definition
 
         return definition(input, approximate)
+    if not addressable(input):
+        return compiled.op(input.contiguous(), approximate, backend_of(impl))
     return GeluFunction.apply(impl, input, approximate)
 
 

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
     readable,
     resolve,
 )
-from gptk.random import Seed, check_probability, draw_seed
+from gptk.ops.layer_norm import compiled
+from gptk.ops.layer_norm.compiled import gradient_weight
+from gptk.random import Seed, check_probability, draw_seed, seed_tensor
 
 
 def layer_norm(
@@ -67,6 +71,12 @@ def layer_norm(
         from gptk.ops.layer_norm.reference import layer_norm as definition
 
         return definition(input, shape, weight, bias, eps, residual, dropout_p, seed)
+    if not addressable(input, weight, bias, residual):
+        x, r = (None if t is None else t.contiguous() for t in (input, residual))
+        drawn = seed_tensor(seed) if dropout_p else None
+        options = (len(shape), eps, float(dropout_p), drawn, backend_of(impl))
+        y, h, *_ = compiled.op(x, r, weight, bias, *options)
+        return y if residual is None else (y, h)
     return LayerNormFunction.apply(
         impl, input, math.prod(shape), weight, bias, eps, residual, dropout_p, seed
     )
@@ -99,6 +109,18 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
 
 
+def _readable_as(tensor: Tensor | None, shape: tuple[int, ...]) -> Any:
+    """readable(tensor) in another shape; a view takes longer than most of the rest."""
+    if tensor is None:
+        return None
+    return readable(tensor if tensor.shape == shape else tensor.reshape(shape))
+
+
+def _like(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    gradient = gradient if gradient.shape == shape else gradient.view(shape)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+
+
 class LayerNormFunction(torch.autograd.Function):
     """Saves h (or the input), weight, mean and rstd, whatever the backend.
 
@@ -120,18 +142,16 @@ class LayerNormFunction(torch.autograd.Function):
         dropout_p: float,
         seed: Seed,
     ) -> Any:
-        x = readable(input.reshape(-1, N))
-        r = None if residual is None else readable(residual.reshape(-1, N))
-        w = None if weight is None else readable(weight.reshape(N))
-        b = None if bias is None else readable(bias.reshape(N))
-        y, h, mean, rstd = impl.forward(x, w, b, eps, r, dropout_p, seed)
-        if b is not None and b.dtype.itemsize > (y if w is None else w).dtype.itemsize:
-            # both gradients come in the saved weight's dtype: the wider of the two
-            w = y.new_ones(N, dtype=b.dtype) if w is None else w.to(b.dtype)
         shape = input.shape
-        y.resize_(*shape)
-        if h is not None:
-            h.resize_(*shape)
+        rows = (shape.numel() // N, N)
+        x, r = _readable_as(input, rows), _readable_as(residual, rows)
+        w, b = _readable_as(weight, (N,)), _readable_as(bias, (N,))
+        y, h, mean, rstd = impl.forward(x, w, b, eps, r, dropout_p, seed)
+        w = gradient_weight(w, None if b is None else b.dtype, y)
+        if shape != rows:
+            y.resize_(*shape)
+            if h is not None:
+                h.resize_(*shape)
         ctx.save_for_backward(x if h is None else h, w, mean, rstd)
         ctx.impl, ctx.dropout_p, ctx.seed, ctx.shape = impl, dropout_p, seed, shape
         ctx.dtypes = (input.dtype, None if residual is None else residual.dtype)
@@ -148,7 +168,8 @@ class LayerNormFunction(torch.autograd.Function):
             return (None,) * 9
         h, weight, mean, rstd = ctx.saved_tensors
         shape, need, used = ctx.shape, ctx.needs_input_grad, dy is not None
-        h = h.view(mean.shape[0], -1)
+        if h.dim() != 2:
+            h = h.view(mean.shape[0], -1)
         dy = torch.zeros_like(h) if dy is None else readable(dy)
         dh = None if dh is None else readable(dh)
         needs = (need[1], need[6], used and need[3], used and need[4])
@@ -156,8 +177,9 @@ class LayerNormFunction(torch.autograd.Function):
             dy, dh, h, weight, mean, rstd, *ctx.dtypes, ctx.dropout_p, ctx.seed, needs
         )
         same = dx is dr  # then one view for both: of two, each leaf would keep one as its gradient
-        dx = None if dx is None else dx.view(*shape)
-        dr = dx if same else None if dr is None else dr.view(*shape)
-        dw = None if dw is None else dw.view(ctx.weight[0]).to(ctx.weight[1])
-        db = None if db is None else db.view(ctx.bias[0]).to(ctx.bias[1])
+        if shape != h.shape:
+            dx = None if dx is None else dx.view(*shape)
+            dr = dx if same else None if dr is None else dr.view(*shape)
+        dw = None if dw is None else _like(dw, *ctx.weight)
+        db = None if db is None else _like(db, *ctx.bias)
         return None, dx, None, dw, db, None, dr, None, None

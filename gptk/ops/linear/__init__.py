@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
@@ -15,6 +17,7 @@ from gptk.ops.contract import (
     readable,
     resolve,
 )
+from gptk.ops.linear import compiled
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -46,6 +49,9 @@ def linear(
         from gptk.ops.linear.reference import linear as definition
 
         return definition(input, weight, bias, activation)
+    if not addressable(input, weight, bias):
+        x = input.to(cast or input.dtype).contiguous()
+        return compiled.op(x, weight, bias, activation, backend_of(impl))[0]
     return LinearFunction.apply(impl, input, weight, bias, activation, cast)
 
 

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
+    constant_when_traced,
+    implementation,
     is_reference,
     once_differentiable,
     outside_autocast,
-    parameter,
     readable,
     resolve,
 )
-from gptk.ops.cross_entropy import (
-    as_class_ids,
-    check_reduction,
-    check_targets,
-    check_terms,
-    reduce_rows,
-)
+from gptk.ops.cross_entropy import as_class_ids, check_reduction, check_targets, check_terms
+from gptk.ops.cross_entropy.compiled import reduce
 from gptk.ops.linear import check_product
+from gptk.ops.linear_cross_entropy import compiled
+from gptk.ops.linear_cross_entropy.compiled import as_read, known_gradient_of_rows
 
 
 def linear_cross_entropy(
@@ -62,54 +62,67 @@ def linear_cross_entropy(
         raise ValueError(f"target is on {target.device}, input on {input.device}")
     target = as_class_ids(target)
     check_targets(target, input.shape[:-1], linear_weight.shape[0], ignore)
-    rows = input.reshape(-1, input.shape[-1])
-    flat = target.reshape(-1)
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    flat = target if target.dim() == 1 else target.reshape(-1)
     impl = resolve("linear_cross_entropy", backend, input, cast)
     options = (ignore, label_smoothing, softcap, z_loss)
     if is_reference(impl) or input.numel() == 0 or linear_weight.numel() == 0:
         from gptk.ops.linear_cross_entropy.reference import linear_cross_entropy as definition
 
         loss = definition(rows, linear_weight, flat, linear_bias, *options)
-    elif reduction != "none" and _gradients_come_with_the_loss(
-        impl, cast or input.dtype, input, linear_weight, linear_bias
+        loss, _ = reduce(loss, flat, ignore, reduction)
+    elif not addressable(rows, linear_weight, linear_bias, flat):
+        loss = _traced(impl, rows, linear_weight, linear_bias, flat, options, cast, reduction)
+    elif (
+        reduction != "none"
+        and hasattr(impl, "loss_and_gradients")
+        and _gradients_come_with_the_loss(cast or input.dtype, input, linear_weight, linear_bias)
     ):
         loss = ReducedFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, cast, reduction, *options
         )
-        return loss if cast is not None else loss.to(input.dtype)
     else:
         loss = LinearCrossEntropyFunction.apply(
             impl, rows, linear_weight, linear_bias, flat, cast, *options
         )
-    loss = reduce_rows(loss, flat, ignore, reduction)
-    loss = loss.view(target.shape) if reduction == "none" else loss
-    return loss if cast is not None else loss.to(input.dtype)
+        loss, _ = reduce(loss, flat, ignore, reduction)
+    if reduction == "none" and target.dim() != 1:
+        loss = loss.view(target.shape)
+    return loss if cast is not None or loss.dtype == input.dtype else loss.to(input.dtype)
 
 
-def _gradients_come_with_the_loss(
-    impl: ModuleType, compute: torch.dtype, *tensors: Tensor | None
-) -> bool:
-    """Not in float16: what a GradScaler multiplies the loss by has to be in the gradients of the
-    logits before they are rounded, or they underflow."""
-    kinds = {compute, *(t.dtype for t in tensors if t is not None)}
-    return (
-        hasattr(impl, "loss_and_gradients")
-        and torch.float16 not in kinds
-        and torch.is_grad_enabled()
-    )
-
-
-def _as_read(
+def _traced(
     impl: ModuleType,
-    dtype: torch.dtype,
-    input: Tensor,
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(input, weight, bias, target) as the implementation reads them by address."""
-    b = None if bias is None else parameter(impl, bias, dtype)
-    return readable(input, dtype), parameter(impl, weight, dtype), b, readable(target)
+    options: tuple[int, float, float | None, float],
+    cast: torch.dtype | None,
+    reduction: str,
+) -> Tensor:
+    """The call as a custom op: the same gradients come with the loss as in eager mode."""
+    dtype, parts = cast or rows.dtype, (rows, weight, bias)
+    early = (
+        reduction != "none"
+        and _forms_gradients(backend_of(impl))
+        and _gradients_come_with_the_loss(dtype, *parts)
+    )
+    with_loss = [early and t is not None and t.requires_grad for t in parts]
+    inputs = (rows.to(dtype).contiguous(), weight, bias, target.contiguous())
+    return compiled.op(*inputs, *options, reduction, with_loss, backend_of(impl))[0]
+
+
+def _gradients_come_with_the_loss(compute: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Not in float16: what a GradScaler multiplies the loss by has to be in the gradients of the
+    logits before they are rounded, or they underflow."""
+    kinds = {compute, *(t.dtype for t in tensors if t is not None)}
+    return torch.float16 not in kinds and torch.is_grad_enabled()
+
+
+@constant_when_traced  # a traced program has the implementation's name only
+def _forms_gradients(backend: str) -> bool:
+    return hasattr(implementation("linear_cross_entropy", backend), "loss_and_gradients")
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -128,7 +141,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
+        x, w, b, target = as_read(impl, dtype, input, weight, bias, target)
         loss, lse = impl.forward(x, w, b, target, *options)
         ctx.save_for_backward(x, w, b, target, lse)
         ctx.impl, ctx.options = impl, options
@@ -167,19 +180,14 @@ class ReducedFunction(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         dtype = cast or input.dtype
-        x, w, b, target = _as_read(impl, dtype, input, weight, bias, target)
+        x, w, b, target = as_read(impl, dtype, input, weight, bias, target)
         ignore_index = options[0]
         dtypes = (weight.dtype, None if bias is None else bias.dtype)
         needs = ctx.needs_input_grad[1:4]
         if not any(needs):
             loss, _ = impl.forward(x, w, b, target, *options)
-            return reduce_rows(loss, target, ignore_index, reduction)
-        counted, factor = 1, 1.0
-        if reduction == "mean":
-            counted = int((target != ignore_index).sum())
-            factor = 1 / counted if counted else math.nan
-        acc = torch.promote_types(dtype, torch.float32)
-        dloss = x.new_full((x.shape[0],), factor, dtype=acc)
+            return reduce(loss, target, ignore_index, reduction)[0]
+        dloss, counted = known_gradient_of_rows(x, target, ignore_index, reduction)
         loss, lse, ctx.gradients = impl.loss_and_gradients(
             x, w, b, target, dloss, *dtypes, needs, *options
         )

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
+    addressable,
     autocast_dtype,
+    backend_of,
     is_reference,
     once_differentiable,
     outside_autocast,
@@ -16,6 +18,7 @@ from gptk.ops.contract import (
     resolve,
 )
 from gptk.ops.linear import check_activation, check_product
+from gptk.ops.mlp import compiled
 
 
 def mlp(
@@ -49,9 +52,11 @@ def mlp(
         from gptk.ops.mlp.reference import mlp as definition
 
         return definition(input, fc_weight, fc_bias, proj_weight, proj_bias, activation)
-    return MlpFunction.apply(
-        impl, input, fc_weight, fc_bias, proj_weight, proj_bias, activation, cast
-    )
+    parameters = (fc_weight, fc_bias, proj_weight, proj_bias)
+    if not addressable(input, *parameters):
+        x = input.to(cast or input.dtype).contiguous()
+        return compiled.op(x, *parameters, activation, backend_of(impl))[0]
+    return MlpFunction.apply(impl, input, *parameters, activation, cast)
 
 
 class MlpFunction(torch.autograd.Function):
