@@ -1,6 +1,7 @@
 """`python -m gptk.aot`: compile the kernels that ship, say what they need, compare, store."""
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     if not options.quiet:
         table.show(stored)
     if options.json is not None:
-        lines = ",\n".join(table.json.dumps(row) for row in rows)
+        lines = ",\n".join(json.dumps(row) for row in rows)
         text = f'{{"triton": "{stored["triton"]}", "rows": [\n{lines}\n]}}\n'
         options.json.write_text(text, "utf-8")
     for line in wrong:

@@ -7,6 +7,7 @@ the number of rows, which chooses nothing, is small.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,8 +28,9 @@ Named = Iterator[tuple[str, Launches]]
 
 
 def _attention() -> Named:
-    plain = {"causal": True, "dropout_p": 0.0, "window": None, "group": 1, "packed": False}
-    variants = {
+    plain: dict[str, Any] = {"causal": True, "dropout_p": 0.0, "window": None}
+    plain |= {"group": 1, "packed": False}
+    variants: dict[str, dict[str, Any]] = {
         "causal": plain,
         "causal dropout": {**plain, "dropout_p": 0.1},
         "full": {**plain, "causal": False},
@@ -43,6 +45,17 @@ def _attention() -> Named:
         for name in ("causal", "causal dropout"):
             case = f"attention D {D} {name} fp32"
             yield case, partial(_attend, D, torch.float32, **variants[name])
+
+    for D in (64, 128):
+        yield f"attention D {D} decode, 4 heads share k, v bf16", partial(_decode, D)
+
+
+def _decode(D: int) -> None:
+    from gptk.ops.attention import triton_impl as attention
+
+    q = torch.zeros((1, 1, 8, D), dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.zeros((1, 4096, 2, D), dtype=torch.bfloat16).transpose(1, 2)
+    attention.forward(q, k, k, True, D**-0.5, 0.0, SEED, None)
 
 
 def _attend(
@@ -119,19 +132,25 @@ def _epilogue(dtype: torch.dtype, activation: str | None, need_y: bool) -> None:
 def _cross_entropy() -> Named:
     for V in (256, 50304, 128256):
         for dtype in (torch.bfloat16, torch.float32):
-            for smoothing in (0.0, 0.1):
-                name = f"cross_entropy V {V}{' smoothing' if smoothing else ''} {SHORT[dtype]}"
-                yield name, partial(_class_loss, V, dtype, smoothing)
+            yield (
+                f"cross_entropy V {V} {SHORT[dtype]}",
+                partial(_class_loss, V, dtype, 0.0, None, 0.0),
+            )
+        name = f"cross_entropy V {V} smoothing, softcap, z-loss bf16"
+        yield name, partial(_class_loss, V, torch.bfloat16, 0.1, 30.0, 1e-4)
     for dtype in (torch.bfloat16, torch.float32):
         yield f"linear_cross_entropy V 50304 {SHORT[dtype]}", partial(_linear_loss, dtype)
 
 
-def _class_loss(V: int, dtype: torch.dtype, smoothing: float) -> None:
+def _class_loss(
+    V: int, dtype: torch.dtype, smoothing: float, softcap: float | None, z_loss: float
+) -> None:
     from gptk.ops.cross_entropy import triton_impl as cross_entropy
 
     logits, target = torch.zeros((2, V), dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    loss, lse = cross_entropy.forward(logits, target, -100, smoothing)
-    cross_entropy.backward(loss, logits, target, lse, -100, smoothing)
+    options = (-100, smoothing, softcap, z_loss)
+    loss, lse = cross_entropy.forward(logits, target, *options)
+    cross_entropy.backward(loss, logits, target, lse, *options)
 
 
 def _linear_loss(dtype: torch.dtype) -> None:
@@ -141,24 +160,24 @@ def _linear_loss(dtype: torch.dtype) -> None:
     w = torch.zeros((50304, 64), dtype=dtype)
     loss, lse = linear_cross_entropy.forward(x, w, None, target, -100, 0.0)
     linear_cross_entropy.backward(
-        loss, x, w, None, target, lse, -100, 0.0, torch.float32, None, (True, True, False)
+        loss, x, w, None, target, lse, torch.float32, None, (True, True, False), -100, 0.0
     )
 
 
 def _adamw() -> Named:
-    for dtype, master in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
-        name = f"adamw {SHORT[dtype]}{' with fp32 masters' if master else ''}"
-        yield name, partial(_update, dtype, master)
+    yield "adamw fp32", partial(_update, torch.float32, False, False)
+    yield "adamw bf16", partial(_update, torch.bfloat16, False, False)
+    yield "adamw fp32 masters bf16", partial(_update, torch.bfloat16, True, False)
+    yield "adamw stochastic rounding bf16", partial(_update, torch.bfloat16, False, True)
 
 
-def _update(dtype: torch.dtype, master: bool) -> None:
+def _update(dtype: torch.dtype, master: bool, stochastic: bool) -> None:
     from gptk.ops.adamw import triton_impl as adamw
 
     p = torch.zeros(4096, dtype=dtype)
-    wide = torch.zeros(4096)
-    norm = adamw.norm([p])
-    skip = torch.zeros(())
+    wide, zero = torch.zeros(4096), torch.zeros(())
+    norm, skip, multiplier = adamw.factors(adamw.norm([p]), True, None, zero, 1.0)
     adamw.update(
-        [p], [p], [wide], [wide], [wide if master else None], [torch.zeros(())], [1e-3], [0.1],
-        0.9, 0.95, 1e-8, norm, skip,
+        [p], [p], [wide], [wide], [wide if master else None], [zero], [1e-3], [0.1],
+        0.9, 0.95, 1e-8, multiplier, skip, (SEED, [0]) if stochastic else None,
     )  # fmt: skip

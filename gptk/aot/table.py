@@ -29,7 +29,7 @@ def rows(
             made.clear()
             launches[name]()
             for one in made:
-                row = {"arch": arch, "case": name, "kernel": one.kernel.lstrip("_")}
+                row: Row = {"arch": arch, "case": name, "kernel": one.kernel.lstrip("_")}
                 row |= {"warps": one.warps, "stages": one.stages}
                 usage = one.usage._asdict()
                 row |= usage.pop("counts") | usage | {"seconds": round(one.seconds, 2)}

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler's own
 
 OFTEN = {
     "layer_norm": ("residual", "two_dims"),
-    "attention": ("cached", "gqa"),
+    "attention": ("cached", "gqa", "packed"),
     "gelu": ("odd_tanh",),
     "linear": ("gelu", "no_bias"),
     "mlp": ("odd",),
-    "cross_entropy": ("smoothing", "none"),
-    "linear_cross_entropy": ("bias_sum", "none"),
+    "cross_entropy": ("smoothing", "none", "softcap_z_loss"),
+    "linear_cross_entropy": ("bias_sum", "none", "softcap_z_loss"),
 }
 PAIRS = [(op, case) for op, cases in OFTEN.items() for case in cases]
 FIRST = [(op, cases[0]) for op, cases in OFTEN.items()]
