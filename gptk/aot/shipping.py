@@ -81,8 +81,8 @@ def _attend(
 
 
 def _layer_norm() -> Named:
-    for N in (128, 768, 1600, 4096, 65536):
-        for dtype in (torch.bfloat16, torch.float32) if N in (768, 65536) else (torch.bfloat16,):
+    for N in (128, 768, 1600, 4096, 8192, 65536):
+        for dtype in (torch.bfloat16, torch.float32):
             yield f"layer_norm N {N} {SHORT[dtype]}", partial(_normalise, N, dtype, False, 0.0)
             name = f"layer_norm N {N} residual dropout {SHORT[dtype]}"
             yield name, partial(_normalise, N, dtype, True, 0.1)

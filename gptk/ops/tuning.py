@@ -1,10 +1,10 @@
 """Launch configurations of Triton kernels: a table that is committed, no timing at run time.
 
-`gptk/ops/<op>/tuning.json` holds, per kernel, rows of arch, bits, size, dropout and config.
-A call takes the row with the same `bits` (of the inputs' dtype) and `dropout`, the largest `arch`
-(compute capability, 80 for 8.0) that is not above the GPU's, and then the smallest `size` that is
-not below its own. The choice is a function of these four alone, so the same call has the same
-configuration, and gives the same bits, in every process.
+`gptk/ops/<op>/tuning.json` holds, per kernel, rows of arch, bits, size, kinds and config. A call
+takes the row with the same `bits` (of the inputs' dtype) and its kind (flags that cost registers),
+the largest `arch` (compute capability, 80 for 8.0) that is not above the GPU's, and then the
+smallest `size` that is not below its own. The choice is a function of these alone, so the same call
+has the same configuration, and gives the same bits, in every process.
 """
 
 import functools
@@ -16,19 +16,19 @@ Config = tuple[int, ...]
 
 
 @functools.cache
-def tuned(op: str, kernel: str, arch: int, bits: int, size: int, dropout: bool) -> Config:
+def tuned(op: str, kernel: str, arch: int, bits: int, size: int, kind: str) -> Config:
     """The configuration for a call; arch 0 (the interpreter) takes the lowest there is.
 
     Raises:
-        LookupError: no row has these bits and this dropout for a size as large.
+        LookupError: no row has these bits and this kind for a size as large.
     """
     rows = [
         row
         for row in _table(op)[kernel]
-        if row["bits"] == bits and row["dropout"] == dropout and row["size"] >= size
+        if row["bits"] == bits and kind in row["kinds"] and row["size"] >= size
     ]
     if not rows:
-        raise LookupError(f"{op}/tuning.json: no {kernel} for {bits} bits, size {size}")
+        raise LookupError(f"{op}/tuning.json: no {kernel} for {bits} bits, size {size}, {kind}")
     known = {row["arch"] for row in rows}
     best = max((a for a in known if a <= arch), default=min(known))
     row = min((row for row in rows if row["arch"] == best), key=lambda row: row["size"])

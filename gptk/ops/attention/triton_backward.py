@@ -14,7 +14,7 @@ from gptk.ops.attention import triton_dkdv, triton_dq
 from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_dkdv import attention_dkdv_kernel
 from gptk.ops.attention.triton_dq import attention_delta_kernel, attention_dq_kernel
-from gptk.ops.attention.triton_tiles import range_arguments
+from gptk.ops.attention.triton_tiles import kind_of, range_arguments
 from gptk.ops.triton_launch import architecture, dropout_arguments, launch, split_seed
 
 
@@ -39,7 +39,7 @@ def backward(
     whom in place of causal and window."""
     B, H, Tq, D = q.shape
     Hkv, Tk, DV = v.shape[1:]
-    asked = (max(D, DV), q.dtype, dropout_p > 0.0, architecture(q.device))
+    asked = (max(D, DV), q.dtype, kind_of(dropout_p, ranges), architecture(q.device))
     block_dv = max(16, triton.next_power_of_2(DV))
     delta = torch.empty_like(lse)
     launch(

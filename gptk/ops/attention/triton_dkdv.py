@@ -27,9 +27,9 @@ from gptk.ops.triton_launch import narrow
 from gptk.ops.tuning import tuned
 
 
-def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple[int, ...]:
+def launch_config(D: int, dtype: torch.dtype, kind: str, arch: int) -> tuple[int, ...]:
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
-    return tuned("attention", "dkdv", arch, 8 * dtype.itemsize, D, dropout)
+    return tuned("attention", "dkdv", arch, 8 * dtype.itemsize, D, kind)
 
 
 @triton.jit

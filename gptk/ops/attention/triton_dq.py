@@ -25,9 +25,9 @@ from gptk.ops.triton_launch import narrow, widen
 from gptk.ops.tuning import tuned
 
 
-def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple[int, ...]:
+def launch_config(D: int, dtype: torch.dtype, kind: str, arch: int) -> tuple[int, ...]:
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
-    return tuned("attention", "dq", arch, 8 * dtype.itemsize, D, dropout)
+    return tuned("attention", "dq", arch, 8 * dtype.itemsize, D, kind)
 
 
 @triton.jit(do_not_specialize=["H", "Tq"])

@@ -19,6 +19,7 @@ from gptk.ops.attention.triton_softmax import softmax_step
 from gptk.ops.attention.triton_tiles import (
     edge,
     keys_of,
+    kind_of,
     load_tile,
     mark_bad,
     masked_start,
@@ -44,9 +45,9 @@ from gptk.ops.tuning import tuned
 __all__ = ["backward", "forward", "launch_config", "unsupported"]
 
 
-def launch_config(D: int, dtype: torch.dtype, dropout: bool, arch: int) -> tuple[int, ...]:
+def launch_config(D: int, dtype: torch.dtype, kind: str, arch: int) -> tuple[int, ...]:
     """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
-    return tuned("attention", "forward", arch, 8 * dtype.itemsize, D, dropout)
+    return tuned("attention", "forward", arch, 8 * dtype.itemsize, D, kind)
 
 
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
@@ -186,7 +187,7 @@ def forward(
     out = torch.empty_strided((B, H, Tq, DV), strides, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
     block_q, block_k, num_warps, num_stages = launch_config(
-        max(D, DV), q.dtype, dropout_p > 0.0, architecture(q.device)
+        max(D, DV), q.dtype, kind_of(dropout_p, ranges), architecture(q.device)
     )
     launch(
         _attention_forward_kernel,

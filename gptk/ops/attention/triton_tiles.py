@@ -15,6 +15,11 @@ from gptk.ops.attention.ranges import Ranges
 from gptk.ops.triton_launch import INTERPRETED, widen
 
 
+def kind_of(dropout_p: float, ranges: Ranges | None) -> str:
+    """Which rows of tuning.json are for a call: the mask's words and the ranges take registers."""
+    return "dropout" if dropout_p > 0.0 else "packed" if ranges is not None else "plain"
+
+
 @triton.constexpr_function
 def edge(BLOCK, BLOCK_D, BLOCK_DV):
     """Width of the tiles with a mask, for the width BLOCK of those without."""

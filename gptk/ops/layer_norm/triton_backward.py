@@ -18,11 +18,16 @@ from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split
 GROUPS = 256  # about two programs for each multiprocessor of a large GPU
 
 
-def launch_config(N: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps) for rows of N; `itemsize` is that of the accumulators."""
-    block_n = min(max(16, triton.next_power_of_2(N)), 32768 // itemsize)
-    block_m = max(1, 1024 // block_n)
-    return block_m, block_n, 4 if block_n <= 1024 else 8 if block_n <= 2048 else 16
+def launch_config(N: int, itemsize: int, dropout: bool = False) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps) for rows of N; `itemsize` is that of the accumulators.
+
+    Rows up to 32 KiB are one block, 16 KiB with dropout, whose mask takes registers; wider ones are
+    walked in blocks of 8 KiB.
+    """
+    block_n = max(16, triton.next_power_of_2(N))
+    if block_n * itemsize > (16384 if dropout else 32768):
+        return 1, 8192 // itemsize, 8
+    return max(1, 512 // block_n), block_n, 4 if block_n <= 1024 else 8 if block_n <= 4096 else 16
 
 
 @triton.jit
@@ -217,7 +222,7 @@ def backward(
     """(dx, dresidual, dweight, dbias) for dy and dh (M, N); None where `needs` says False."""
     M, N = h.shape
     acc, device = ACC[h.dtype], h.device
-    block_m, block_n, num_warps = launch_config(N, acc.itemsize)
+    block_m, block_n, num_warps = launch_config(N, acc.itemsize, dropout_p > 0.0)
     one_block = block_n >= N
     groups = min(triton.cdiv(M, block_m if one_block else 8), GROUPS)
     weight_dtype = h.dtype if weight is None else weight.dtype

@@ -28,10 +28,14 @@ __all__ = ["backward", "forward", "launch_config", "unsupported"]
 
 
 def launch_config(N: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps) for rows of N; `itemsize` is that of the accumulators."""
-    block_n = min(max(16, triton.next_power_of_2(N)), 32768 // itemsize)
-    block_m = max(1, 1024 // block_n)
-    return block_m, block_n, 4 if block_n <= 2048 else 8 if block_n <= 4096 else 16
+    """(BLOCK_M, BLOCK_N, num_warps) for rows of N; `itemsize` is that of the accumulators.
+
+    Rows up to 32 KiB are one block, wider ones are walked in blocks of 16 KiB.
+    """
+    block_n = max(16, triton.next_power_of_2(N))
+    if block_n * itemsize > 32768:
+        return 1, 16384 // itemsize, 16
+    return max(1, 1024 // block_n), block_n, 4 if block_n <= 2048 else 8 if block_n <= 4096 else 16
 
 
 @triton.jit(do_not_specialize=["M", "seed_low", "seed_high"])
