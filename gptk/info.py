@@ -14,12 +14,24 @@ from gptk.ops import contract, cpp_product
 from gptk.ops.catalog import BACKENDS, CROSSOVER, OPS, PREFERENCE, ROWS
 from gptk.train import hardware
 
+KERNELS = (
+    "compiles the Triton kernels for sm_80, sm_90 and sm_100 (no GPU needed, minutes), and prints "
+    "registers, spills, occupancy and tensor-core instructions; --case attention for some of them"
+)
+
 
 def main(argv: list[str]) -> int:
-    """`gptk info [OP ...]`: prints; the named ops only, all by default."""
+    """`gptk info [OP ...]`: prints; the named ops only, all by default. With --kernels instead:
+    compiles the Triton kernels for GPUs and prints what each needs."""
     if any(word in ("-h", "--help") for word in argv):
-        print(f"usage: gptk info [OP ...]\n\n{__doc__}\n\nops: {', '.join(OPS)}")
+        usage = "usage: gptk info [OP ...]\n       gptk info --kernels [FLAG ...]"
+        print(f"{usage}\n\n{__doc__}\n")
+        print(f"ops: {', '.join(OPS)}\n--kernels: {KERNELS}")
         return 0
+    if argv and argv[0] == "--kernels":
+        from gptk.aot.__main__ import main as aot
+
+        return aot(argv[1:])
     unknown = [word for word in argv if word not in OPS]
     if unknown:
         raise UsageError(f"{unknown[0]!r} is not an op; must be one of {', '.join(OPS)}")
