@@ -7,6 +7,8 @@ VENV ?= .venv
 WORKERS ?= 2
 TRAIN_ARGS ?=
 TEST_ARGS ?=
+TRITON_VERSIONS ?= 3.6.0 3.9.0
+TRITON_TESTS ?= tests/ops tests/test_equivalence.py
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -24,11 +26,12 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench aot clean FORCE
+.PHONY: help train test lint bench aot test-triton clean FORCE
 
 help:
 	@echo 'make train   train the default model on this machine, then print a sample; TRAIN_ARGS= adds flags'
 	@echo 'make test    run the tests; TEST_ARGS= adds arguments for pytest'
+	@echo 'make test-triton  the Triton tests in other versions of it: TRITON_VERSIONS="$(TRITON_VERSIONS)"'
 	@echo 'make lint    ruff, mypy, import-linter, clang-format'
 	@echo 'make bench   time ops and training steps against PyTorch; BENCH_ARGS= adds arguments'
 	@echo 'make aot     compile every Triton kernel for sm_80, sm_90, sm_100 and store what each needs'
@@ -41,6 +44,16 @@ train: $(VENV)/.installed-train
 # one thread per worker: two workers fill two cores
 test: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+# the kernels in the interpreters of other versions, each in a folder of its own below build/
+test-triton: $(VENV)/.installed-dev
+	@for version in $(TRITON_VERSIONS); do \
+	  test -d build/triton-$$version/triton || $(BIN)/python -m pip install -qq \
+	    --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version || exit 1; \
+	  echo "triton $$version"; \
+	  PYTHONPATH=$(CURDIR)/build/triton-$$version OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest \
+	    -q -n $(WORKERS) -k 'triton and not compiles' $(TRITON_TESTS) $(TEST_ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -49,10 +49,11 @@ def test_every_kernel_that_ships_is_stored():
     assert products
     for row in products:
         half = row["case"].endswith(("bf16", "fp16"))
-        if half and row["arch"] == 90:
+        if half and row["arch"] == 90 and "D 256" not in row["case"]:
             assert row["wgmma"], table.place(row)
         elif half:
-            assert row["mma"] or row["tcgen05"], table.place(row)
+            # at 256, accumulators of wgmma's 64 rows leave dk and dv no registers
+            assert row["mma"] or row["wgmma"] or row["tcgen05"], table.place(row)
 
 
 ATTENTION_PRODUCTS = ("attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel")
