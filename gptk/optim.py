@@ -92,8 +92,9 @@ class AdamW(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         _check_group(group)
         params = param_group["params"]
-        if not isinstance(params, Tensor | set):  # a set is torch's to refuse
-            params = param_group["params"] = list(params)
+        if not isinstance(params, set):  # a set is torch's to refuse
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group["params"] = params
             tensors = [p[1] if isinstance(p, tuple) else p for p in params]
             if len({id(p) for p in tensors}) < len(params):
                 raise ValueError("a parameter group holds the same parameter more than once")

@@ -206,3 +206,10 @@ def test_a_refused_step_changes_nothing(backend, spoil, first, max_grad_norm, mo
         assert (optimizer.state.get(p) is None) == (state is None)
         for name, tensor in (state or {}).items():
             assert torch.equal(optimizer.state[p][name], tensor), name
+
+
+def test_stochastic_rounding_of_float16_is_refused_in_any_form_of_a_group():
+    half = torch.zeros(3, dtype=torch.float16, requires_grad=True)
+    for params in ([half], [{"params": half}], [{"params": [half]}], [("name", half)]):
+        with pytest.raises(ValueError, match="put float16 parameters into"):
+            AdamW(params, lr=1e-3, stochastic_rounding=True)

@@ -233,6 +233,10 @@ def call(Tq, Tk, B=1, **options):
     "arguments, message",
     [
         (dict(Tq=4, Tk=4, B=2, cu_seqlens_q=cu((4,))), "batch axis of 1"),
+        (dict(Tq=4, Tk=4, cu_seqlens_q=[0, 4]), "cu_seqlens_q is a list, it must be a tensor"),
+        (dict(Tq=4, Tk=4, cu_seqlens_q=cu((4,)), cu_seqlens_k=3), "cu_seqlens_k is a int"),
+        (dict(Tq=4, Tk=4, causal=True, window=2.5), "window=2.5 must be a whole number of keys"),
+        (dict(Tq=4, Tk=4, causal=True, window=True), "window=True must be a whole number of keys"),
         (dict(Tq=4, Tk=5, cu_seqlens_q=cu((4,))), "give cu_seqlens_k"),
         (dict(Tq=4, Tk=4, cu_seqlens_k=cu((4,))), "needs cu_seqlens_q"),
         (dict(Tq=4, Tk=4, cu_seqlens_q=cu((3,))), r"rise from 0 to 4, it is \[0, 3\]"),

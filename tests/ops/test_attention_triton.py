@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,3 +280,32 @@ def test_refuses_wide_heads():
     assert triton_impl.unsupported("cpu", F32, D=256, Dv=256) is None
     assert "D=257" in triton_impl.unsupported("cpu", F32, D=257, Dv=8)
     assert "Dv=300" in triton_impl.unsupported("cpu", F32, D=8, Dv=300)
+
+
+@pytest.mark.parametrize("Tk", [1, 16, 31, 32, 64, 900])
+@pytest.mark.parametrize("causal", [False, True])
+@np.errstate(over="ignore", invalid="ignore")  # numpy's word for what is asked of it
+@pytest.mark.parametrize("scores", [-math.inf, -3e38])
+def test_scores_of_minus_infinity(Tk, causal, scores):
+    """Scores may be -inf without a mask, by float32 overflow say. A row of them alone is NaN, as
+    softmax's is; others are not, wherever in the row they are."""
+    q, k, v = (
+        torch.full((1, 1, 1, 1), 1e20),
+        torch.full((1, 1, Tk, 1), 1e-20),
+        torch.ones(1, 1, Tk, 1),
+    )
+    low = torch.full_like(k, scores / 1e20 if scores > -math.inf else -1e20)
+    for finite in (torch.arange(Tk) >= Tk // 2, torch.arange(Tk) < Tk - Tk // 2):
+        mixed = torch.where(finite[:, None], k, low)
+        out, lse = triton_impl.forward(q, mixed, v, causal, 1.0, 0.0, 0, None)
+        assert torch.equal(out, torch.ones(1, 1, 1, 1))
+        assert bool(lse.isfinite().all())
+    out, lse = triton_impl.forward(q, low, v, causal, 1.0, 0.0, 0, None)
+    gradients = triton_backward.backward(
+        out, q, low, v, out, lse, causal, 1.0, 0.0, 0, None, (True, True, True)
+    )
+    if scores == -math.inf:
+        for t in (out, lse, *gradients):
+            assert bool(t.isnan().all())
+    else:
+        assert torch.equal(out, torch.ones(1, 1, 1, 1))

@@ -464,3 +464,14 @@ def test_importing_gptk_registers_the_ops_and_no_compiler():
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_attention_of_any_head_size_and_of_packed_documents_is_dynamic(backend):
+    def loss(q, cu):
+        return GF.attention(q, q, q, cu_seqlens_q=cu, causal=True, backend=backend).square().sum()
+
+    traced = compiled(loss, dynamic=True)
+    for T, D in ((9, 4), (9, 8), (13, 8)):
+        q = torch.randn(1, 2, T, D)
+        for cu in (None, torch.tensor([0, 3, T])):
+            assert torch.equal(traced(q, cu), loss(q, cu))

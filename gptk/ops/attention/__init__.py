@@ -18,6 +18,7 @@ from gptk.ops.contract import (
     once_differentiable,
     outside_autocast,
     resolve,
+    tracing,
 )
 from gptk.random import Seed, check_probability, draw_seed, seed_tensor
 
@@ -69,7 +70,7 @@ def attention(
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     if cast is not None:
         query, key, value = query.to(cast), key.to(cast), value.to(cast)
-    impl = resolve("attention", backend, query, D=int(query.shape[-1]), Dv=int(value.shape[-1]))
+    impl = resolve("attention", backend, query, D=_width(query), Dv=_width(value))
     if is_reference(impl) or 0 in (query.numel(), key.numel(), value.numel()):
         from gptk.ops.attention.reference import attention as definition
 
@@ -87,6 +88,13 @@ def attention(
     return AttentionFunction.apply(impl, query, key, value, seen, *options)
 
 
+def _width(t: Tensor) -> int:
+    """The head size; of a traced program, where it may be a symbol, a size in its place that the
+    kernels take or refuse alike."""
+    D = t.shape[-1]
+    return D if isinstance(D, int) and not tracing() else 1 if D <= 256 else 257
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, enable_gqa: bool
 ) -> None:
@@ -99,6 +107,8 @@ def _check(
         raise ValueError(f"{_shapes(q, k, v)}: {heads}")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} or devices differ")
+    if isinstance(window, bool) or not (window is None or isinstance(window, int | torch.SymInt)):
+        raise ValueError(f"window={window!r} must be a whole number of keys, or None")
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window={window} needs causal=True and at least 1")
 

@@ -43,14 +43,17 @@ def offsets(query: Tensor, key: Tensor, cu_q: Tensor | None, cu_k: Tensor | None
     checked_q = _checked("cu_seqlens_q", cu_q, Tq, query.device)
     if cu_k is None:
         return checked_q, checked_q
+    checked_k = _checked("cu_seqlens_k", cu_k, Tk, query.device)
     if cu_q.shape != cu_k.shape:
         raise ValueError(
             f"cu_seqlens_q {tuple(cu_q.shape)}, cu_seqlens_k {tuple(cu_k.shape)}: they must fit"
         )
-    return checked_q, _checked("cu_seqlens_k", cu_k, Tk, query.device)
+    return checked_q, checked_k
 
 
 def _checked(name: str, cu: Tensor, T: int, device: torch.device) -> Tensor:
+    if not isinstance(cu, Tensor):
+        raise ValueError(f"{name} is a {type(cu).__name__}, it must be a tensor")
     if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):
         shape = f"{tuple(cu.shape)} {cu.dtype}"
         raise ValueError(f"{name} {shape}: int32 or int64, one dimension, at least 2 entries")

@@ -43,7 +43,8 @@ def attention(
     groups = query.shape[1] // max(key.shape[1], 1)
     key, value = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (key, value))
     seen = keep(query.shape[2], key.shape[2], causal, window, query.device, documents)
-    # a non-finite key or value is set to 0 and then reaches the rows that see it, no others
+    # a non-finite key or value is set to 0, and the rows that see it, no others, are NaN (where it
+    # is infinite, a kernel may leave what its products are)
     bad_key, bad_value = ~key.isfinite().all(-1), ~value.isfinite()
     key, value = key.masked_fill(bad_key[..., None], 0.0), value.masked_fill(bad_value, 0.0)
     scores = (query @ key.mT) * scale  # (B, H, Tq, Tk)

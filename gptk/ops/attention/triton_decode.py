@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gptk.ops.attention.triton_softmax import softmax_step
-from gptk.ops.attention.triton_tiles import edge, load_tile, mark_bad, masked_start, sees, visit
+from gptk.ops.attention.triton_tiles import (
+    divisor,
+    edge,
+    load_tile,
+    mark_bad,
+    masked_start,
+    sees,
+    visit,
+    without_keys,
+)
 from gptk.ops.philox_triton import philox_key
 from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split_seed
 
@@ -167,7 +176,7 @@ def _attention_part_kernel(
     tl.store(at, acc, mask=present[:, None] & (value_column < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["H", "Tq", "parts"])
+@triton.jit(do_not_specialize=["H", "Tq", "Tk", "parts"])
 def _attention_join_kernel(
     out_ptr,  # (B, H, Tq, DV)
     lse_ptr,  # (B, H, Tq) accumulator dtype, contiguous
@@ -178,9 +187,11 @@ def _attention_join_kernel(
     rows: tl.int64,  # B * H * Tq
     H,
     Tq,
+    Tk,
     parts,
     keep_scale: tl.float64,
     DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MOST: tl.constexpr,  # a power of two >= parts
     BLOCK_DV: tl.constexpr,
@@ -199,13 +210,13 @@ def _attention_join_kernel(
     shrink = tl.exp(tops - safe_top)
     norm = tl.sum(norms * shrink, axis=0)
     out = tl.sum(accs * shrink[:, None], axis=0)
-    empty = norm == 0
-    safe_norm = tl.where(empty, 1.0, norm)
-    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), top + tl.log(safe_norm)))
-    out = out / safe_norm
+    b, h, query = row // Tq // H, row // Tq % H, row % Tq
+    none = without_keys(query, 0, 0, Tq, Tk, CAUSAL, False)
+    total = divisor(norm, none)
+    tl.store(lse_ptr + row, top + tl.log(total))
+    out = out / total
     if HAS_DROPOUT:
         out *= tl.full((), keep_scale, ACC)
-    b, h, query = row // Tq // H, row // Tq % H, row % Tq
     out_ptr += b * out_strides[0] + h * out_strides[1] + query * out_strides[2]
     tl.store(out_ptr + column, narrow(out, out_ptr.dtype.element_ty), mask=column < DV)
 
@@ -285,9 +296,11 @@ def forward(
         lse.numel(),
         H,
         Tq,
+        Tk,
         parts,
         keep_scale,
         DV=DV,
+        CAUSAL=causal,
         HAS_DROPOUT=dropout_p > 0.0,
         MOST=MOST_PARTS.value,
         BLOCK_DV=block_dv,

@@ -17,6 +17,7 @@ from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_backward import backward
 from gptk.ops.attention.triton_softmax import softmax_step
 from gptk.ops.attention.triton_tiles import (
+    divisor,
     edge,
     keys_of,
     kind_of,
@@ -29,6 +30,7 @@ from gptk.ops.attention.triton_tiles import (
     store_tile,
     touched,
     within,
+    without_keys,
 )
 from gptk.ops.philox_triton import philox_key
 from gptk.ops.triton_launch import (
@@ -143,11 +145,10 @@ def _attention_forward_kernel(
                 seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
             acc = mark_bad(acc, v, seen)
 
-    empty = norm == 0
-    safe_norm = tl.where(empty, 1.0, norm)
-    lse = tl.where(empty, float("-inf"), top + tl.log(safe_norm))
-    tl.store(lse_ptr + row, lse, mask=query < Tq)
-    out = acc / safe_norm[:, None]
+    none = without_keys(query, low, high, Tq, Tk, CAUSAL, HAS_RANGES)
+    total = divisor(norm, none)
+    tl.store(lse_ptr + row, top + tl.log(total), mask=query < Tq)
+    out = acc / total[:, None]
     if HAS_DROPOUT:
         out *= tl.full((), keep_scale, ACC)
     out_ptr += b * out_strides[0] + h * out_strides[1]

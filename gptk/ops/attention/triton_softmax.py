@@ -70,8 +70,8 @@ def softmax_step(
             seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, axis=1))
-    # a row that has seen no key yet has top = -inf, and -inf - -inf would be NaN
-    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    # a row of scores of -inf so far, or of none, has top = -inf, and -inf - -inf would be NaN
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp(s - safe_top[:, None])
     if MASKED:
         p = tl.where(seen, p, 0.0)

@@ -161,6 +161,25 @@ def masked_start(index, first, left, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def without_keys(query, low, high, Tq, Tk, CAUSAL: tl.constexpr, HAS_RANGES: tl.constexpr):
+    """Whether a query sees no key at all."""
+    if HAS_RANGES:
+        none = low >= high
+    elif CAUSAL:
+        none = query + (Tk - Tq) < 0
+    else:
+        none = query < 0  # false: there is a key
+    return none
+
+
+@triton.jit
+def divisor(norm, none):
+    """What a row's sums are divided by: 1 where `none` is seen, NaN where every score seen is -inf,
+    as the softmax is then."""
+    return tl.where(none, 1.0, tl.where(norm == 0, float("nan"), norm))
+
+
+@triton.jit
 def load_tile(
     base_ptr,  # (T, D), last stride 1
     start,
