@@ -53,7 +53,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         made.append(known[id(kernel)])
         return kernel
 
-    before = driver._active if hasattr(driver, "_active") else None
+    before = driver._active
     driver.set_active(_NamesAGpu(arch))
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
