@@ -138,8 +138,14 @@ def _cross_entropy() -> Named:
             )
         name = f"cross_entropy V {V} smoothing, softcap, z-loss bf16"
         yield name, partial(_class_loss, V, torch.bfloat16, 0.1, 30.0, 1e-4)
-    for dtype in (torch.bfloat16, torch.float32):
-        yield f"linear_cross_entropy V 50304 {SHORT[dtype]}", partial(_linear_loss, dtype)
+    yield "linear_cross_entropy V 50304 fp32", partial(_linear_loss, 768, torch.float32, PLAIN)
+    for C, rows in ((768, "rows of 16 bytes"), (764, "other rows")):
+        for name, options in (
+            ("", PLAIN),
+            (" bias, smoothing, softcap, z-loss", (0.1, 30.0, 1e-4)),
+        ):
+            case = f"linear_cross_entropy V 50304 {rows}{name} bf16"
+            yield case, partial(_linear_loss, C, torch.bfloat16, options)
 
 
 def _class_loss(
@@ -153,14 +159,19 @@ def _class_loss(
     cross_entropy.backward(loss, logits, target, lse, *options)
 
 
-def _linear_loss(dtype: torch.dtype) -> None:
+PLAIN = (0.0, None, 0.0)
+
+
+def _linear_loss(C: int, dtype: torch.dtype, options: tuple[float, float | None, float]) -> None:
     from gptk.ops.linear_cross_entropy import triton_impl as linear_cross_entropy
 
-    x, target = torch.zeros((2, 64), dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    w = torch.zeros((50304, 64), dtype=dtype)
-    loss, lse = linear_cross_entropy.forward(x, w, None, target, -100, 0.0)
+    x, target = torch.zeros((2, C), dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    w = torch.zeros((50304, C), dtype=dtype)
+    b = None if options == PLAIN else w.new_zeros(50304)
+    loss, lse = linear_cross_entropy.forward(x, w, b, target, -100, *options)
+    needs, bias_dtype = (True, True, b is not None), None if b is None else dtype
     linear_cross_entropy.backward(
-        loss, x, w, None, target, lse, torch.float32, None, (True, True, False), -100, 0.0
+        loss, x, w, b, target, lse, dtype, bias_dtype, needs, -100, *options
     )
 
 

@@ -111,3 +111,11 @@ def narrow(x, dtype: tl.constexpr):
     else:
         small = x.to(dtype)
     return small
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in acc's dtype; float32 operands are not cut to TF32."""
+    if INTERPRETED:
+        a, b = widen(a, acc.dtype), widen(b, acc.dtype)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
-    dot,
     finite_or_zero,
     has_bad,
     load_tile,
@@ -23,7 +22,7 @@ from gptk.ops.attention.triton_tiles import (
     within,
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
-from gptk.ops.triton_launch import narrow
+from gptk.ops.triton_launch import dot, narrow
 from gptk.ops.tuning import tuned
 
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
-    dot,
     edge,
     finite_or_zero,
     keys_of,
@@ -21,7 +20,7 @@ from gptk.ops.attention.triton_tiles import (
     within,
 )
 from gptk.ops.philox_triton import keep_tile, philox_key
-from gptk.ops.triton_launch import narrow, widen
+from gptk.ops.triton_launch import dot, narrow, widen
 from gptk.ops.tuning import tuned
 
 

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from gptk.ops.attention.triton_tiles import (
-    dot,
     finite_or_zero,
     has_bad,
     load_tile,
@@ -17,7 +16,7 @@ from gptk.ops.attention.triton_tiles import (
     within,
 )
 from gptk.ops.philox_triton import keep_tile
-from gptk.ops.triton_launch import narrow
+from gptk.ops.triton_launch import dot, narrow
 
 
 @triton.jit

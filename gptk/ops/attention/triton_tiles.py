@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptk.ops.attention.ranges import Ranges
-from gptk.ops.triton_launch import INTERPRETED, widen
+from gptk.ops.triton_launch import widen
 
 
 def kind_of(dropout_p: float, ranges: Ranges | None) -> str:
@@ -220,14 +220,6 @@ def store_tile(
     column = tl.arange(0, BLOCK_D)
     at = base_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(at, tile, mask=(row < T)[:, None] & (column < D)[None, :])
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a @ b in acc's dtype; float32 operands are not cut to TF32."""
-    if INTERPRETED:
-        a, b = widen(a, acc.dtype), widen(b, acc.dtype)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def _capped(logits, softcap, ACC: tl.constexpr):
+def capped(logits, softcap, ACC: tl.constexpr):
     """(softcap tanh(logits / softcap), its slope)."""
     cap = tl.full((), softcap, tl.float64)
     y, slope = tanh_and_slope(logits * (1.0 / cap).to(ACC))
@@ -103,7 +103,7 @@ def _sweep(
         columns = first + tl.arange(0, BLOCK_V)
         z = _load_logits(row_ptr, bias_ptr, columns, V, HAS_BIAS, ACC)
         if HAS_SOFTCAP:
-            z, _ = _capped(z, softcap, ACC)
+            z, _ = capped(z, softcap, ACC)
             z = tl.where(columns < V, z, -float("inf"))
         grown = tl.maximum(m, tl.max(z, 0))
         shift = tl.where(grown == -float("inf"), 0.0, grown)  # -inf - -inf would be NaN
@@ -142,7 +142,7 @@ def _cross_entropy_forward_kernel(
     if HAS_BIAS:
         z_target += widen(tl.load(bias_ptr + target, mask=valid, other=0.0), ACC)
     if HAS_SOFTCAP:
-        z_target, _ = _capped(z_target, softcap, ACC)
+        z_target, _ = capped(z_target, softcap, ACC)
     z_target = tl.where(valid, z_target, float("nan"))
     pivot = tl.where(z_target == -float("inf"), 0.0, z_target)  # then the loss is inf anyway
     m, total, spread = _sweep(
@@ -204,7 +204,7 @@ def _cross_entropy_backward_kernel(
         columns = first + tl.arange(0, BLOCK_V)
         z = _load_logits(row_ptr, bias_ptr, columns, V, HAS_BIAS, ACC)
         if HAS_SOFTCAP:
-            z, slope = _capped(z, softcap, ACC)
+            z, slope = capped(z, softcap, ACC)
         p = tl.exp(z - shift) * scale
         dz = (p - tl.where(columns == target, on, 0.0)) - off
         if HAS_Z_LOSS:

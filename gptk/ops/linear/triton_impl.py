@@ -149,18 +149,25 @@ def activation_backward(
     if partial is None:
         return dpre, y, None
     out = dy.new_empty((N,), dtype=sum_dtype)
+    sum_partials(out, partial)
+    return dpre, y, out
+
+
+def sum_partials(out: Tensor, partial: Tensor) -> None:
+    """Write the sum over the rows of a contiguous partial (groups, N) to out (N,)."""
+    groups, N = partial.shape
+    config = launch_config(N)
     launch(
         _sum_partials_kernel,
-        (columns,),
-        dy.device,
+        (triton.cdiv(N, config["BLOCK_N"]),),
+        partial.device,
         out,
         partial,
         groups,
         N,
-        ACC=TL[acc],
+        ACC=TL[partial.dtype],
         **config,
     )
-    return dpre, y, out
 
 
 def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,48 +1,36 @@
-"""linear_cross_entropy by Triton: logits = x W^T + b live only for one chunk of rows at a time.
+"""linear_cross_entropy by Triton: logits = x W^T + b are not held, or only a part of them.
 
-Each chunk is one cuBLAS product into accumulation-dtype logits and one launch of cross_entropy's
-kernel, which adds the bias as it reads. Backward forms each chunk again; its kernel turns the
-logits into dlogits in place (float32, float64) or into a 16-bit operand for the two products
-dx = dlogits W and dW += dlogits^T x. dW and db stay in the accumulation dtype over all chunks and
-are rounded once at the end.
+In 16 bits logits never reach memory (triton_logits, after Wijmans et al. 2024, Cut Cross-Entropy,
+https://arxiv.org/abs/2411.09009): forward keeps three numbers for each row and tile of classes.
+Backward forms the logits again, `chunk_classes` classes at a time, as dlogits in 16 bits, and two
+cuBLAS products follow:
 
-Memory: chunk_rows(C, V, dtype) rows of logits, whatever N is, beside the outputs. Chunks are added
-in order, so the same inputs give the same bits.
+    dx += dlogits W[chunk]        in float32 over the chunks, rounded once
+    dW[chunk] = dlogits^T x       over all rows at once, so no second dW is held
+
+Beside Cut Cross-Entropy: no locks and no atomics (the same inputs give the same bits), and no tile
+of small gradients is left out. A chunk of rows instead would read and write all of dW in float32
+for each. float32 and float64 take chunks of rows and cuBLAS products only (triton_chunks).
 """
 
-from collections.abc import Iterator
-
 import torch
+import triton
 from torch import Tensor
 
-from gptk.ops.cross_entropy.triton_impl import logit_gradients, losses
 from gptk.ops.gelu.triton_impl import unsupported as unsupported
-from gptk.ops.linear.triton_impl import column_sum, product
-from gptk.ops.triton_launch import ACC
+from gptk.ops.linear.triton_impl import product, sum_partials
+from gptk.ops.linear_cross_entropy import triton_chunks
+from gptk.ops.linear_cross_entropy.triton_logits import Terms, logit_gradients, losses
+
+ROWS = 2**16
+"""Rows whose three numbers per tile of classes exist at once."""
 
 
-def chunk_rows(C: int, V: int, dtype: torch.dtype) -> int:
-    """Rows per chunk, a power of two: never a function of the number of rows.
-
-    Each chunk reads and writes all of dW (V x C), so about C rows make its own traffic no smaller
-    than that; small vocabularies take up to 16 MiB of logits, and no chunk more than 256 MiB
-    unless 16 rows are larger.
-    """
-    itemsize = ACC[dtype].itemsize
-    rows = min(max(C, (16 << 20) // (V * itemsize)), (256 << 20) // (V * itemsize))
-    return 1 << (max(rows, 16).bit_length() - 1)
-
-
-def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits without bias), the logits in the accumulation dtype."""
-    (N, C), V = x.shape, weight.shape[0]
-    acc = ACC[x.dtype]
-    if x.device.type == "cpu":
-        weight = weight.to(acc)  # once; `product` would do it for every chunk
-    step = chunk_rows(C, V, x.dtype)
-    for first in range(0, N, step):
-        rows = slice(first, min(first + step, N))
-        yield rows, product(x[rows], weight.t(), acc)
+def chunk_classes(N: int, V: int) -> int:
+    """Classes whose dlogits exist at once: an eighth of the vocabulary in a multiple of 256, more
+    up to 2^24 dlogits (32 MiB), but at most 2^28 (512 MiB) unless 256 classes are more."""
+    some = max(V // 8, 2**24 // N)
+    return min(V, max(256, min(some, 2**28 // N) // 256 * 256))
 
 
 def forward(
@@ -56,12 +44,14 @@ def forward(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse), both (N,) in the accumulation dtype, for x (N, C), weight (V, C), bias (V,)."""
-    options = (ignore_index, label_smoothing, softcap, z_loss)
-    loss = x.new_empty(x.shape[0], dtype=ACC[x.dtype])
+    terms = Terms(ignore_index, label_smoothing, softcap, z_loss)
+    if x.element_size() > 2:
+        return triton_chunks.forward(x, weight, bias, target, terms)
+    loss = x.new_empty(x.shape[0], dtype=torch.float32)
     lse = torch.empty_like(loss)
-    for rows, logits in _chunks(x, weight):
-        losses(loss[rows], lse[rows], logits, bias, target[rows], *options)
-        del logits  # before the next chunk is formed: one lives at a time
+    for first in range(0, x.shape[0], ROWS):
+        rows = slice(first, first + ROWS)
+        losses(loss[rows], lse[rows], x[rows], weight, bias, target[rows], terms)
     return loss, lse
 
 
@@ -81,27 +71,28 @@ def backward(
     z_loss: float = 0.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); needs names those wanted, the others are None."""
-    options = (ignore_index, label_smoothing, softcap, z_loss)
+    terms = Terms(ignore_index, label_smoothing, softcap, z_loss)
+    dtypes = (weight_dtype, bias_dtype)
+    if x.element_size() > 2:
+        return triton_chunks.backward(dloss, x, weight, bias, target, lse, *dtypes, needs, terms)
+    N, V = x.shape[0], weight.shape[0]
     need_dx, need_dweight, need_dbias = needs
-    acc = ACC[x.dtype]
-    dx = torch.empty_like(x) if need_dx else None
-    dweight = weight.new_zeros(weight.shape, dtype=acc) if need_dweight else None
-    dbias = weight.new_zeros(weight.shape[0], dtype=acc) if need_dbias else None
-    for rows, logits in _chunks(x, weight):
-        dlogits = logits if logits.dtype == x.dtype else torch.empty_like(logits, dtype=x.dtype)
-        logit_gradients(dlogits, dloss[rows], logits, bias, target[rows], lse[rows], *options)
-        if dx is not None:
-            dx[rows] = product(dlogits, weight, x.dtype)
-        if dweight is not None and x.dtype == acc:
-            dweight.addmm_(dlogits.t(), x[rows])
-        elif dweight is not None:
-            dweight += product(dlogits.t(), x[rows], acc)
-        if dbias is not None:
-            dbias += column_sum(dlogits, acc)
-        del logits, dlogits
-    if dweight is not None:
-        dweight = dweight.to(weight_dtype)
-    if dbias is not None:
-        assert bias_dtype is not None
-        dbias = dbias.to(bias_dtype)
-    return dx, dweight, dbias
+    dx: Tensor | None = None
+    dweight = weight.new_empty(weight.shape, dtype=weight_dtype) if need_dweight else None
+    dbias = None if bias_dtype is None or not need_dbias else weight.new_empty(V, dtype=bias_dtype)
+    step = chunk_classes(N, V)
+    # rows that begin at multiples of 16 bytes: wide stores, and products by tensor cores
+    buffer = x.new_empty((N, triton.cdiv(step, 16) * 16))
+    for first in range(0, V, step):
+        classes = slice(first, min(first + step, V))
+        dlogits = buffer[:, : classes.stop - first]
+        sums = logit_gradients(
+            dlogits, dloss, lse, x, weight, bias, target, classes, terms, need_dbias
+        )
+        if need_dx:
+            dx = product(dlogits, weight[classes], torch.float32, dx)
+        if dweight is not None:
+            dweight[classes] = product(dlogits.t(), x, weight_dtype)
+        if dbias is not None and sums is not None:
+            sum_partials(dbias[classes], sums)
+    return None if dx is None else dx.to(x.dtype), dweight, dbias
