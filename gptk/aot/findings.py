@@ -1,15 +1,17 @@
-"""Why a kernel moves or multiplies more than it needs: every outlier of the roofline, explained."""
+"""Why a kernel does more than it needs, or cannot come near a peak: the outliers, explained."""
 
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 OUTLIER = 1.1
-"""A ratio above it has to be explained."""
+"""A ratio of bytes or products above it has to be explained."""
+FAR = 0.9
+"""So has a bound that leaves less than this share of the memory's or of the products' peak."""
 
 
 class Finding(NamedTuple):
-    """Of a kernel's `bytes` or `products`, in the cases whose names the pattern finds."""
+    """Of a kernel's `bytes`, `products` or `bound`, in the cases whose names the pattern finds."""
 
     kernel: str
     of: str
@@ -24,6 +26,14 @@ SHARED_ROWS = (
 TWICE = (
     "eight warps share a tile that four fill, so the products whose result is not split over the "
     "head size (s, dp) and the exponential are computed twice; fewer warps or wider tiles would not"
+)
+FFMA = (
+    "float32 products are exact, on FFMA (a tensor core would round to TF32): operands come from "
+    "shared memory, and their addresses take instructions too"
+)
+PHILOX = (
+    "a random word for each score: a quarter of the 20 wide products and 20 exclusive ors of "
+    "Philox4x32-10, a comparison in 64 bits, and the words' way to the layout of the scores"
 )
 
 FINDINGS = (
@@ -76,13 +86,66 @@ FINDINGS = (
         "the queries of one step, one for each head of the group, are padded to the 64 rows of a "
         "wgmma, and two warpgroups share these: s is computed twice; memory is still the bound",
     ),
+    *(
+        Finding(f"attention_{name}_kernel", "bound", cases, text)
+        for cases, text in (
+            ("fp32", FFMA),
+            ("D 256 (?!causal dropout)", TWICE),
+            ("dropout", PHILOX),
+        )
+        for name in ("forward", "dq", "dkdv")
+    ),
+    Finding(
+        "attention_forward_kernel",
+        "bound",
+        "D 64 ",
+        "15 instructions for a score against 256 operations of its products; of these, the "
+        "exponential takes six: a difference, log2 e, MUFU, and a comparison and two "
+        "multiplications that keep subnormal results",
+    ),
+    Finding(
+        "attention_join_kernel",
+        "bound",
+        "",
+        "64 parts are held where a quarter is there, and a program has one row: small in all",
+    ),
+    Finding(
+        "layer_norm_forward_kernel",
+        "bound",
+        "N 768 ",
+        "a quarter of the 1024 lanes is switched off, yet takes instructions",
+    ),
+    Finding("gelu_forward_kernel", "bound", "none (bf16|fp16)", "erf takes 42 instructions"),
+    Finding(
+        "cross_entropy_forward_kernel",
+        "bound",
+        "V 256 bf16",
+        "a row gives a thread two logits: two reductions over the program bound it",
+    ),
+    *(
+        Finding(
+            f"cross_entropy_{name}_kernel",
+            "bound",
+            "softcap",
+            "tanh and its slope without cancellation: an exponential, a reciprocal, a continued "
+            "fraction",
+        )
+        for name in ("forward", "backward")
+    ),
+    Finding(
+        "norm_partial_kernel",
+        "bound",
+        "bf16",
+        "a thread has eight numbers: finding the tensor and adding up take more than squaring",
+    ),
 )
 
 
 def outliers(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """(row, "bytes" or "products") where more than OUTLIER times the need is done."""
+    """(row, "bytes" or "products") above OUTLIER times the need, (row, "bound") below FAR."""
     names = ("bytes", "products")
-    return [(row, of) for row in rows for of in names if (row[f"{of}_ratio"] or 0) > OUTLIER]
+    found = [(row, of) for row in rows for of in names if (row[f"{of}_ratio"] or 0) > OUTLIER]
+    return found + [(row, "bound") for row in rows if row["at_most"] < FAR]
 
 
 def finding(row: dict[str, Any], of: str) -> Finding | None:

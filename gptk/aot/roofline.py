@@ -202,7 +202,7 @@ def show(rows: Sequence[Row]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=180)
+        console = Console(width=200)
     table = Table(title=f"sm_{ARCH}, bounds of H100", title_justify="left", box=None)
     for column in COLUMNS:
         left = column in ("case", "kernel", "unit", "bound")
