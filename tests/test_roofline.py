@@ -81,7 +81,7 @@ def test_a_loop_is_counted_once_around():
     assert found.products == 2 * 64 * 64 * 16 * 2 + 2 * 16 * 8 * 16 * 8
     assert found.counts == {
         "instructions": 13, "fp32": 2, "fma": 1, "fp64": 0, "mufu": 1, "conversions": 1,
-        "shared": 1, "shuffles": 1,
+        "shared": 1, "shuffles": 1, "bulk": 0,
     }  # fmt: skip
 
 
@@ -119,6 +119,28 @@ def test_sweeps_are_the_inner_loops_together():
     found = work.unit_work(graph, "sweeps", warps=1)
     assert (found.loaded, found.stored) == (32 * (16 + 8), 32 * 8)
     assert work.unit_work(graph, "loop", warps=1).loaded in (32 * 16, 32 * 8)
+
+
+def test_a_wait_for_a_copy_is_no_loop_of_its_own():
+    code = listing(
+        ".L_x_1:",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R6",
+        "@!P0 BRA `(.L_x_2)",
+        ".L_x_3:",
+        "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24",
+        "UTMALDG.2D [UR8], [UR4]",
+        "@P1 BRA `(.L_x_1)",
+        "EXIT",
+        ".L_x_2:",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R6",
+        "@!P0 BRA `(.L_x_2)",
+        "BRA `(.L_x_3)",
+    )
+    graph = sass.parse(code)
+    assert len(graph.loops) == 2
+    found = work.unit_work(graph, "loop", warps=8)
+    assert found.products == 2 * 64 * 256 * 16 * 2
+    assert found.counts["bulk"] == 1
 
 
 BRANCHES = listing(
@@ -165,7 +187,6 @@ def test_what_differs_between_threads(line, differs):
     "line,words",
     [
         ("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10]", "does not say its shape"),
-        ("UTMALDG.2D [UR8], [UR4]", "does not say how much it copies"),
         ("BRX R2 -0x10", "a branch to an address that is computed"),
     ],
 )
@@ -175,12 +196,21 @@ def test_what_cannot_be_counted_is_said(line, words):
 
 
 def test_a_kernel_that_cannot_be_counted_has_a_row_that_says_so():
-    code = listing("UTMALDG.2D [UR8], [UR4]", "EXIT")
+    code = listing("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10]", "EXIT")
     arguments = {"BLOCK": 1024, "x_ptr": needs.Array((4096,), 2)}
     row = roofline.row("gelu none bf16", "gelu_forward_kernel", code, 4, arguments)
-    assert "does not say how much" in row["not_counted"]
+    assert "does not say its shape" in row["not_counted"]
     new = roofline.row("new", "new_kernel", code, 4, arguments)
     assert "needs.py" in new["not_counted"]
+
+
+def test_beside_a_bulk_copy_no_bytes_are_compared():
+    code = listing("UTMALDG.2D [UR8], [UR4]", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8]", "EXIT")
+    done = work.unit_work(sass.parse(code), "program", warps=4)
+    need = needs.Need("program", 64 * 64, 4096, products=2 * 64 * 64 * 16)
+    row = roofline.compared(need, 1, done, warps=4)
+    assert (row["bytes_ratio"], row["products_ratio"]) == (None, 1.0)
+    assert "tma" in roofline.cells(row | {"case": "a", "kernel": "k", "unit": "program"})
 
 
 def test_the_bound_is_the_slowest_resource():
@@ -265,7 +295,7 @@ def test_every_outlier_is_explained_and_every_explanation_is_needed(stored):
 def test_no_kernel_moves_less_than_it_needs(stored):
     """A ratio below one is a wrong count, or a wrong need."""
     for row in roofline.counted(stored):
-        assert row["bytes_ratio"] >= 0.999, roofline.key(row)
+        assert (row["bytes_ratio"] or 1) >= 0.999, roofline.key(row)
         assert (row["products_ratio"] or 1) >= 0.999, roofline.key(row)
         assert 0 < row["at_most"] <= 1, roofline.key(row)
 

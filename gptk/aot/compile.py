@@ -87,9 +87,13 @@ def _described(
 
 
 def _plain(value: Any) -> Any:
-    """An argument without its storage: a tensor, or a dtype as a tensor of no dimension."""
+    """An argument without its storage: a tensor or its descriptor, or a dtype as a tensor of no
+    dimension."""
     from triton.language import dtype
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if isinstance(value, TensorDescriptor):
+        value = value.base
     if isinstance(value, torch.Tensor):
         return Array(tuple(value.shape), value.dtype.itemsize)
     return Array((), value.primitive_bitwidth // 8) if isinstance(value, dtype) else value

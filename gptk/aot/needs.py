@@ -15,12 +15,13 @@ from gptk.ops.cross_entropy import cases as cross_entropy
 from gptk.ops.gelu import cases as gelu
 from gptk.ops.layer_norm import cases as layer_norm
 from gptk.ops.linear import cases as linear
+from gptk.ops.linear_cross_entropy import cases as linear_cross_entropy
 
 Arguments = dict[str, Any]
 """Of a launch, by name; a tensor is an Array."""
 
 TOKENS = 4096
-"""Sequence length for which the share of DRAM in attention's traffic is computed."""
+"""Rows for which the share of DRAM in the traffic of attention and the logits is computed."""
 
 
 class Array(NamedTuple):
@@ -122,6 +123,19 @@ def _cross_entropy_backward(a: Arguments) -> Need:
     return Need("sweeps", V, read + V * a["dlogits_ptr"].itemsize, step=V)
 
 
+def _logits(a: Arguments) -> Need:
+    M, V, C = a["BLOCK_M"], a["BLOCK_V"], a["BLOCK_C"]
+    moved = (M + V) * C * a["x"].itemsize
+    products = linear_cross_entropy.flops((M, C), V, False)
+    whole = (TOKENS + a["V"]) / (TOKENS * a["V"])  # x and W read once, over all pairs
+    return Need("loop", M * V, moved, products, dram=whole * M * V / (M + V))
+
+
+def _loss(a: Arguments) -> Need:
+    n = a["BLOCK_T"] * a["BLOCK_N"]
+    return Need("loop", n, n * (2 + a["HAS_SMOOTHING"]) * 4)
+
+
 def _attention_forward(a: Arguments) -> Need:
     Q, K, D, DV = a["BLOCK_Q"], a["BLOCK_K"], a["BLOCK_D"], a["BLOCK_DV"]
     moved = K * (D + DV) * a["k_ptr"].itemsize
@@ -188,6 +202,9 @@ NEEDS: dict[str, Callable[[Arguments], Need]] = {
     "sum_partials_kernel": _sum_partials,
     "cross_entropy_forward_kernel": _cross_entropy_forward,
     "cross_entropy_backward_kernel": _cross_entropy_backward,
+    "logits_forward_kernel": _logits,
+    "logits_backward_kernel": _logits,
+    "loss_kernel": _loss,
     "attention_forward_kernel": _attention_forward,
     "attention_delta_kernel": _attention_delta,
     "attention_dq_kernel": _attention_dq,

@@ -9,8 +9,8 @@ that all threads share counts once.
 
 Not counted: what a program does once, where the unit is an iteration; code behind a CALL (slow
 paths of division and root); caches, bank conflicts, latency, how well the blocks fill the GPU.
-tcgen05 does not name its shape in the opcode, nor a bulk copy its size: the row of such a kernel
-says so and holds no counts.
+tcgen05 does not name its shape in the opcode: the row of such a kernel says so and holds no counts.
+Nor does a bulk copy (TMA) name its size: beside one no bytes are compared.
 
 The bound is the resource that would take longest if each ran alone, at the rates of H100. Memory
 time is that of the needed bytes that come from DRAM. `instructions` bounds FP32 arithmetic too:
@@ -28,6 +28,7 @@ from gptk.aot.sass import parse
 from gptk.aot.work import Work, unit_work
 from gptk.flags import UsageError
 
+PER_WARP = ("instructions", "fma", "shared", "shuffles", "bulk")
 Row = dict[str, Any]
 Stored = dict[str, Any]
 ARCH = 90
@@ -93,7 +94,7 @@ def compared(needed: Need, trips: int, work: Work, warps: int) -> Row:
         "needed_bytes": wanted_bytes,
         "loaded": work.loaded,
         "stored": work.stored,
-        "bytes_ratio": round(moved / wanted_bytes, 3),
+        "bytes_ratio": None if work.counts["bulk"] else round(moved / wanted_bytes, 3),
         "needed_products": wanted,
         "products": done,
         "products_ratio": round(done / wanted, 3) if wanted else None,
@@ -101,9 +102,9 @@ def compared(needed: Need, trips: int, work: Work, warps: int) -> Row:
         "per_element": {
             kind: round(lanes * number / elements, 2)
             for kind, number in work.counts.items()
-            if kind not in ("fma", "shared", "shuffles")
+            if kind not in PER_WARP or kind == "instructions"
         },
-        "per_warp": {kind: work.counts[kind] for kind in ("instructions", "shared", "shuffles")},
+        "per_warp": {kind: work.counts[kind] for kind in PER_WARP},
         "intensity": round((work.products + arithmetic) / from_dram, 1),
         "clocks": {name: round(value, 1) for name, value in clocks.items()},
         "bound": bound,
@@ -179,7 +180,7 @@ def cells(one: Row) -> list[str]:
         one["kernel"],
         one["unit"],
         f"{one['loaded'] + one['stored']:,}",
-        _ratio(one["bytes_ratio"]),
+        "tma" if one["bytes_ratio"] is None else _ratio(one["bytes_ratio"]),
         "-" if products is None else _ratio(products) + ("" if one["tensor"] else " (fp32)"),
         f"{one['used']:.0%}",
         *(f"{each[kind]:.1f}" for kind in ("fp32", "mufu", "instructions")),

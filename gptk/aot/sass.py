@@ -41,11 +41,17 @@ class Graph(NamedTuple):
     loops: dict[int, frozenset[int]]  # header -> the blocks of its loop, itself included
 
     def innermost(self) -> list[frozenset[int]]:
-        """Loops that hold no other loop, in the order of the code."""
+        """Loops that hold no other loop, in the order of the code; those in which a thread only
+        waits for a copy or a product (a barrier is tried again) do not count."""
+        working = {
+            header: body
+            for header, body in self.loops.items()
+            if not any("TRYWAIT" in one.opcode for one in self.blocks[header].code) or len(body) > 1
+        }
         return [
             body
-            for header, body in sorted(self.loops.items())
-            if not any(other in body for other in self.loops if other != header)
+            for header, body in sorted(working.items())
+            if not any(other in body for other in working if other != header)
         ]
 
     def code(self, blocks: Iterable[int]) -> list[Instruction]:

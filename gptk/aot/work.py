@@ -14,9 +14,13 @@ FP64 = frozenset(("DADD", "DMUL", "DFMA"))
 CONVERSIONS = frozenset(("F2F", "F2FP", "F2I", "I2F", "I2FP", "F2IP"))
 SHARED = frozenset(("LDS", "LDSM", "STS", "STSM"))
 BULK = frozenset(("UTMALDG", "UTMASTG", "UBLKCP"))
+"""Copies by a descriptor, which do not say how much they copy."""
 WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "884": (8, 8, 4)}
-KINDS = ("instructions", "fp32", "fma", "fp64", "mufu", "conversions", "shared", "shuffles")
+KINDS = (
+    *("instructions", "fp32", "fma", "fp64", "mufu", "conversions"),
+    *("shared", "shuffles", "bulk"),
+)
 
 
 class Work(NamedTuple):
@@ -54,7 +58,7 @@ def count(graph: Graph, blocks: Sequence[int], warps: int, own: frozenset[tuple[
     """The work of passing the blocks once; `own`: the accesses with an address for each thread.
 
     Raises:
-        ValueError: an instruction that does not say how much it copies or multiplies.
+        ValueError: an instruction that does not say how much it multiplies.
     """
     moved = collections.Counter[str]()
     counts = dict.fromkeys(KINDS, 0)
@@ -64,8 +68,6 @@ def count(graph: Graph, blocks: Sequence[int], warps: int, own: frozenset[tuple[
             if one.name in GLOBAL:
                 threads = 32 * warps if (at, place) in own else 1
                 moved["store" if one.name == "STG" else "load"] += width(one) * threads
-            elif one.name in BULK:
-                raise ValueError(f"{one.opcode} does not say how much it copies")
             groups = warps // 4 if one.name.endswith("GMMA") else warps
             products += tensor_operations(one) * groups
             counts["instructions"] += one.name != "NOP"
@@ -76,6 +78,7 @@ def count(graph: Graph, blocks: Sequence[int], warps: int, own: frozenset[tuple[
             counts["conversions"] += one.name in CONVERSIONS or one.opcode.startswith("HADD2.F32")
             counts["shared"] += one.name in SHARED
             counts["shuffles"] += one.name == "SHFL"
+            counts["bulk"] += one.name in BULK
     return Work(moved["load"], moved["store"], products, counts)
 
 
@@ -98,7 +101,11 @@ def unit_work(graph: Graph, unit: str, warps: int, step: int = 0) -> Work:
             times = unrolled(graph.code(once), step)
             found.append(_divided(count(graph, once, warps, own), times))
     least = 32 * warps  # less are single numbers, such as a search in a table
-    found = [one for one in found if one.loaded + one.stored >= least or one.products]
+    found = [
+        one
+        for one in found
+        if one.loaded + one.stored >= least or one.products or one.counts["bulk"]
+    ]
     if not found:
         raise ValueError("no loop moves or multiplies anything")
     if unit == "loop":
