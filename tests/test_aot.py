@@ -140,6 +140,7 @@ def test_instructions_are_counted():
 
 def test_says_what_is_wrong_with_its_arguments(tmp_path):
     assert "no case has 'nonsense'" in run("--case", "nonsense").stderr
+    assert "no folder" in run("--case", "gelu", "--json", str(tmp_path / "a" / "b")).stderr
     missing = run("--case", "gelu none bf16", "--compare", str(tmp_path / "none.json"))
     assert missing.returncode == 2
     assert "cannot be read" in missing.stderr

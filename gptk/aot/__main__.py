@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
         if options.arch not in (None, [roofline.ARCH]):
             raise UsageError(f"the roofline is that of sm_{roofline.ARCH}: leave --arch out")
         archs = [roofline.ARCH]
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UsageError(f"no folder {options.json.parent}: make it, or name another for --json")
     old = None if options.compare is None else _read(options.compare, options.roofline, archs)
     with tempfile.TemporaryDirectory(prefix="gptk-aot-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what was compiled before does not count
