@@ -34,7 +34,7 @@ help:
 	@echo 'make test-triton  the Triton tests in other versions of it: TRITON_VERSIONS="$(TRITON_VERSIONS)"'
 	@echo 'make lint    ruff, mypy, import-linter, clang-format'
 	@echo 'make bench   time ops and training steps against PyTorch; BENCH_ARGS= adds arguments'
-	@echo 'make aot     compile every Triton kernel for sm_80, sm_90, sm_100 and store what each needs'
+	@echo 'make aot     compile every Triton kernel for sm_80, sm_90, sm_100; store what each needs, and the roofline'
 	@echo 'make clean   remove .venv and what was built; runs/ stays'
 	@echo 'PYTHON=$(PYTHON) and WORKERS=$(WORKERS) (test processes) can be changed in the same way'
 

@@ -167,7 +167,8 @@ def section(path: Path) -> str:
 
 def tables(folder: Path) -> str:
     """All files of a folder, in the order of their names."""
-    paths = sorted(path for path in folder.glob("*.json") if path.name != "aot.json")
+    others = ("aot.json", "roofline.json")
+    paths = sorted(path for path in folder.glob("*.json") if path.name not in others)
     if not paths:
         command = "gptk bench --json benchmarks/results/NAME.json"
         return (

@@ -1,6 +1,7 @@
 """The kernels that ship, compiled for GPUs without a GPU: none spills, none got worse than stored.
 
-`make aot` stores the table in benchmarks/results/aot.json.
+`make aot` stores the table in benchmarks/results/aot.json, and roofline.json beside it, which the
+same compilation for sm_90 is compared with.
 """
 
 import os
@@ -139,6 +140,7 @@ def test_instructions_are_counted():
 
 def test_says_what_is_wrong_with_its_arguments(tmp_path):
     assert "no case has 'nonsense'" in run("--case", "nonsense").stderr
+    assert "no folder" in run("--case", "gelu", "--json", str(tmp_path / "a" / "b")).stderr
     missing = run("--case", "gelu none bf16", "--compare", str(tmp_path / "none.json"))
     assert missing.returncode == 2
     assert "cannot be read" in missing.stderr

@@ -9,8 +9,11 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from gptk.aot import table
+from gptk.aot import roofline, summary, table
 from gptk.flags import UsageError
+
+STORED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "aot.json"
+"""The table of this checkout; the roofline lies beside it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,45 +21,104 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m gptk.aot", description=__doc__)
     made.add_argument("--arch", type=int, action="append", choices=table.ARCHITECTURES)
     made.add_argument("--case", default="", help="only cases whose names contain this")
-    made.add_argument("--json", type=Path, help="store the table")
+    made.add_argument("--json", type=Path, help="store the table, its summary, the roofline")
     made.add_argument("--compare", type=Path, help="exit 1 where a kernel needs more than there")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     made.add_argument("--quiet", action="store_true", help="print what is wrong and nothing else")
+    made.add_argument(
+        "--roofline",
+        action="store_true",
+        help=f"print, store and compare the roofline (sm_{roofline.ARCH}) instead",
+    )
+    made.add_argument("--stored", action="store_true", help="print what is stored, compile nothing")
+    made.add_argument(
+        "--summary", action="store_true", help="print each kernel's worst stored case as Markdown"
+    )
     return made
 
 
 def main(argv: list[str]) -> int:
     """Compile, then store, compare and print; returns the exit code."""
     options = parser().parse_args(argv)
+    if options.summary:
+        print(summary.table(table.read(STORED)), end="")
+        return 0
+    if options.stored:
+        show_stored(options.roofline, options.case, options.arch)
+        return 0
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: here kernels compile
-    import triton
-
     from gptk.aot.shipping import cases
 
     names = [name for name in cases() if options.case in name]
     if not names:
         raise UsageError(f"no case has {options.case!r} in its name")
-    old = None if options.compare is None else table.read(options.compare)
     archs = options.arch or list(table.ARCHITECTURES)
+    if options.roofline:
+        if options.arch not in (None, [roofline.ARCH]):
+            raise UsageError(f"the roofline is that of sm_{roofline.ARCH}: leave --arch out")
+        archs = [roofline.ARCH]
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UsageError(f"no folder {options.json.parent}: make it, or name another for --json")
+    old = None if options.compare is None else _read(options.compare, options.roofline, archs)
     with tempfile.TemporaryDirectory(prefix="gptk-aot-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what was compiled before does not count
         rows = compiled(archs, names, options.jobs, options.quiet)
+    return report(options, rows, old)
+
+
+Old = tuple[table.Stored | None, roofline.Stored | None]
+
+
+def _read(path: Path, only_roofline: bool, archs: list[int]) -> Old:
+    """The stored table and roofline that are compared with."""
+    if only_roofline:
+        return None, roofline.read(path)
+    beside = path.with_name("roofline.json")
+    return table.read(path), roofline.read(beside) if roofline.ARCH in archs else None
+
+
+def report(options: argparse.Namespace, rows: list[table.Row], old: Old | None) -> int:
+    """Store, compare and print; returns the exit code."""
+    import triton
+
+    roofs = [row.pop("roofline") for row in rows if "roofline" in row]
     stored = {"triton": triton.__version__, "rows": rows}
     wrong = table.faults(rows)
-    if old is not None and old["triton"] == stored["triton"]:
-        wrong += table.losses(old["rows"], rows)
-    elif old is not None:
-        print(f"not compared: stored with triton {old['triton']}, this is {stored['triton']}")
+    for before, new, losses in zip(
+        old or (), (rows, roofs), (table.losses, roofline.losses), strict=False
+    ):
+        if before is not None and before["triton"] == stored["triton"]:
+            wrong += losses(before["rows"], new)
+        elif before is not None:
+            print(
+                f"not compared: stored with triton {before['triton']}, this is {stored['triton']}"
+            )
     if not options.quiet:
-        table.show(stored)
+        roofline.show(roofs) if options.roofline else table.show(stored)
     if options.json is not None:
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        text = f'{{"triton": "{stored["triton"]}", "rows": [\n{lines}\n]}}\n'
-        options.json.write_text(text, "utf-8")
+        beside = options.json if options.roofline else options.json.with_name("roofline.json")
+        if roofs:
+            roofline.write(roofs, triton.__version__, beside)
+        if not options.roofline:
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            text = f'{{"triton": "{stored["triton"]}", "rows": [\n{lines}\n]}}\n'
+            options.json.write_text(text, "utf-8")
+            options.json.with_suffix(".md").write_text(summary.table(stored), "utf-8")
     for line in wrong:
         print(line)
     print(f"{len(rows)} kernels compiled, {len(wrong)} faults")
     return 1 if wrong else 0
+
+
+def show_stored(only_roofline: bool, case: str, archs: list[int] | None) -> None:
+    """Print the table or the roofline of this checkout."""
+    if only_roofline:
+        rows = roofline.read(STORED.with_name("roofline.json"))["rows"]
+        roofline.show([row for row in rows if case in row["case"]])
+        return
+    found = table.read(STORED)
+    kept = [r for r in found["rows"] if case in r["case"] and (not archs or r["arch"] in archs)]
+    table.show(found | {"rows": kept})
 
 
 def compiled(archs: list[int], names: list[str], jobs: int, quiet: bool) -> list[table.Row]:

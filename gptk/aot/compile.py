@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from gptk.aot.cubin import Usage, usage
+import torch
+
+from gptk.aot.cubin import Usage, read_cubin, usage
+from gptk.aot.needs import Array
 
 
 class Compiled(NamedTuple):
-    """A kernel that was compiled; `grid` is that of the launch."""
+    """A kernel that was compiled, and the arguments of the launch by name."""
 
     kernel: str
     warps: int
@@ -23,6 +26,8 @@ class Compiled(NamedTuple):
     usage: Usage
     seconds: float
     ptx: str
+    sass: str
+    arguments: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -49,7 +54,9 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         kernel = run(self, *args, grid=grid, warmup=True, **meta)
         seconds = time.perf_counter() - start
         if id(kernel) not in known:
-            known[id(kernel)] = _described(self, kernel, arch, seconds)
+            arguments = dict(zip(self.arg_names, args, strict=False)) | meta
+            arguments = {name: _plain(value) for name, value in arguments.items()}
+            known[id(kernel)] = _described(self, kernel, arch, seconds, arguments)
         made.append(known[id(kernel)])
         return kernel
 
@@ -62,16 +69,34 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         driver._active = before
 
 
-def _described(function: Any, kernel: Any, arch: int, seconds: float) -> Compiled:
+def _described(
+    function: Any, kernel: Any, arch: int, seconds: float, arguments: dict[str, Any]
+) -> Compiled:
     meta = kernel.metadata
+    resources, sass = read_cubin(kernel.asm["cubin"])
     return Compiled(
         function.fn.__name__,
         meta.num_warps,
         meta.num_stages,
-        usage(kernel.asm["cubin"], arch, meta.num_warps, meta.shared),
+        usage(resources, sass, arch, meta.num_warps, meta.shared),
         seconds,
         kernel.asm["ptx"],
+        sass,
+        arguments,
     )
+
+
+def _plain(value: Any) -> Any:
+    """An argument without its storage: a tensor or its descriptor, or a dtype as a tensor of no
+    dimension."""
+    from triton.language import dtype
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, TensorDescriptor):
+        value = value.base
+    if isinstance(value, torch.Tensor):
+        return Array(tuple(value.shape), value.dtype.itemsize)
+    return Array((), value.primitive_bitwidth // 8) if isinstance(value, dtype) else value
 
 
 class _NamesAGpu:

@@ -65,13 +65,16 @@ def tool(name: str) -> str:
     return str(path)
 
 
-def usage(cubin: bytes, arch: int, warps: int, shared: int) -> Usage:
-    """What a cubin with one kernel needs; `shared` is what the launch asks for (dynamic)."""
+def read_cubin(cubin: bytes) -> tuple[str, str]:
+    """(what cuobjdump says of its resources, its SASS)."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)
-        resources = _run("cuobjdump", "--dump-resource-usage", path)
-        sass = _run("nvdisasm", "-c", path)
+        return _run("cuobjdump", "--dump-resource-usage", path), _run("nvdisasm", "-c", path)
+
+
+def usage(resources: str, sass: str, arch: int, warps: int, shared: int) -> Usage:
+    """What a cubin with one kernel needs; `shared` is what the launch asks for (dynamic)."""
     registers, stack, static = parse_resources(resources)
     counts = count(sass)
     return Usage(

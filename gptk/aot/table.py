@@ -17,7 +17,9 @@ ARCHITECTURES = (80, 90, 100)
 def rows(
     arch: int, names: Sequence[str], say: Callable[[str], object] = lambda _: None
 ) -> list[Row]:
-    """One row per case and kernel, compiled in this process; `say` is told each case's name."""
+    """One row per case and kernel, compiled in this process; `say` is told each case's name. Those
+    for roofline.ARCH hold their row of the roofline too."""
+    from gptk.aot import roofline
     from gptk.aot.compile import compiling
     from gptk.aot.shipping import cases
 
@@ -33,7 +35,11 @@ def rows(
                 row |= {"warps": one.warps, "stages": one.stages}
                 usage = one.usage._asdict()
                 row |= usage.pop("counts") | usage | {"seconds": round(one.seconds, 2)}
-                found.setdefault((name, row["kernel"]), row)
+                if (name, row["kernel"]) not in found:
+                    found[name, row["kernel"]] = row
+                    if arch == roofline.ARCH:
+                        what = (row["kernel"], one.sass, one.warps, one.arguments)
+                        row["roofline"] = roofline.row(name, *what)
     return list(found.values())
 
 

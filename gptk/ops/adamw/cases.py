@@ -19,6 +19,16 @@ BENCH: dict[str, dict[str, Any]] = {
 }
 
 
+def traffic(
+    shapes: tuple[tuple[int, ...], ...], grad: int, param: int, state: int, master: bool = False
+) -> int:
+    """Bytes that an ideal update reads and writes, given the bytes of a number of each kind: g
+    read; p, m, v (and the float32 master) read and written. The norm, for clipping, reads g once
+    more."""
+    numbers = sum(torch.Size(shape).numel() for shape in shapes)
+    return numbers * (grad + 2 * (param + 2 * state + 4 * master))
+
+
 def inputs(
     shapes: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,

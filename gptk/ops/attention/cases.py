@@ -88,3 +88,28 @@ def flops(
     """Operations of the matrix products, half of them where causal."""
     full = 4 * B * H * Tq * Tk * D
     return (full // 2 if causal else full) * (5 if backward else 2) // 2
+
+
+def traffic(
+    B: int,
+    H: int,
+    Tq: int,
+    Tk: int,
+    D: int,
+    itemsize: int,
+    backward: bool,
+    Hkv: int | None = None,
+    Dv: int | None = None,
+    **_: Any,
+) -> int:
+    """Bytes that an ideal kernel reads and writes.
+
+    forward    q, k, v read; out, lse written
+    backward   dout, q, k, v, out, lse read; dq, dk, dv written
+    """
+    of_q, of_out = B * H * Tq * D, B * H * Tq * (Dv or D)
+    of_kv = B * (Hkv or H) * Tk * (D + (Dv or D))
+    lse = B * H * Tq * max(itemsize, 4)
+    if backward:
+        return itemsize * 2 * (of_q + of_kv + of_out) + lse
+    return itemsize * (of_q + of_kv + of_out) + lse

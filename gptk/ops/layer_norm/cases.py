@@ -50,8 +50,19 @@ def inputs(
 
 
 def traffic(
-    shape: tuple[int, ...], itemsize: int, backward: bool, residual: bool = False, **_: Any
+    shape: tuple[int, ...],
+    itemsize: int,
+    backward: bool,
+    residual: bool = False,
+    dropout_p: float = 0.0,
+    **_: Any,
 ) -> int:
-    """Bytes that an ideal kernel reads and writes."""
+    """Bytes that an ideal kernel reads and writes, of the tensors with the input's shape.
+
+    forward    x, (residual) read; (h), y written
+    backward   dy, (dh), h read; dx, (dresidual, which is dx without dropout) written
+    """
     size = itemsize * torch.Size(shape).numel()
-    return size * ((4 if residual else 3) if backward else (4 if residual else 2))
+    if not backward:
+        return size * (4 if residual else 2)
+    return size * (3 + residual + bool(residual and dropout_p))

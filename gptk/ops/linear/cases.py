@@ -42,3 +42,33 @@ def inputs(
 def flops(shape: tuple[int, ...], N: int, backward: bool, **_: Any) -> int:
     """Operations of the matrix products."""
     return 2 * torch.Size(shape).numel() * N * (2 if backward else 1)
+
+
+def traffic(
+    shape: tuple[int, ...],
+    N: int,
+    itemsize: int,
+    backward: bool,
+    bias: bool = True,
+    activation: str | None = None,
+    **_: Any,
+) -> int:
+    """Bytes that ideal kernels read and write, the product fused with its epilogue.
+
+    forward    x, W, (b) read; y, (pre) written
+    backward   dy, x, W, (pre) read; dx, dW, (db) written
+    """
+    K = shape[-1]
+    M = torch.Size(shape).numel() // K
+    pre = M * N if activation else 0
+    times = 2 if backward else 1
+    return itemsize * (times * (M * K + N * K) + N * bias + M * N + pre)
+
+
+def epilogue_traffic(M: int, N: int, itemsize: int, backward: bool, need_y: bool = False) -> int:
+    """Bytes of the activation as a pass of its own, behind a product of cuBLAS.
+
+    forward    pre read; y written
+    backward   dy, pre read; dpre, (y again, for mlp) written
+    """
+    return itemsize * M * N * (3 + need_y if backward else 2)

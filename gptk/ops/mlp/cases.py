@@ -46,3 +46,25 @@ def flops(shape: tuple[int, ...], backward: bool, hidden: int | None = None, **_
     """Operations of the matrix products."""
     C = shape[-1]
     return 4 * torch.Size(shape).numel() * (hidden or 4 * C) * (2 if backward else 1)
+
+
+def traffic(
+    shape: tuple[int, ...],
+    itemsize: int,
+    backward: bool,
+    hidden: int | None = None,
+    out: int | None = None,
+    bias: bool = True,
+    **_: Any,
+) -> int:
+    """Bytes that ideal kernels read and write, each product fused with its epilogue.
+
+    forward    x, W1, (b1), W2, (b2) read; pre, act(pre), y written, act(pre) read
+    backward   dy, x, pre, W1, W2 read; dpre, act(pre) written and read; all gradients written
+    """
+    C = shape[-1]
+    M, F, N = torch.Size(shape).numel() // C, hidden or 4 * C, out or C
+    weights, biases = F * C + N * F, (F + N) * bias
+    if backward:
+        return itemsize * (M * N + 2 * M * C + M * F + 2 * weights + biases + 4 * M * F)
+    return itemsize * (M * C + weights + biases + 3 * M * F + M * N)
