@@ -8,11 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime.jit import JITFunction
+
 from gptk import cli, info
 from gptk.flags import Failure, UsageError
 from gptk.ops import triton_launch, tuning, tuning_file
+from gptk.tune import gpu as gpu_module
 from gptk.tune import main as tune
-from gptk.tune.cases import candidates, cases, shipped, work
+from gptk.tune.cases import Work, candidates, cases, shipped, work
 from gptk.tune.choose import Choice, Outcome, Refused, beats, choose, differs
 
 SHIPPED, A, B, C = (128, 4), (256, 4), (512, 8), (1024, 8)
@@ -222,6 +225,85 @@ MODULES = {
     "gelu": ("triton_impl",),
     "linear": ("triton_impl",),
 }
+
+
+class Clock:
+    """torch.cuda.Event without a GPU: time goes on by what `ticks` says of each call."""
+
+    now, ticks = 0.0, ()
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Clock.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """A GpuRunner on the CPU: its work notes the row in use and takes BLOCK / 1024 ms."""
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_module, "FLUSH_BYTES", 64)
+    case = next(case for case in cases(torch.float16) if case.kernel == "gelu.forward")
+    used = []
+
+    def timed():
+        row = tuning.user_row("gelu.forward", 90, 16, 0, "gelu")
+        used.append(row)
+        Clock.now += row[0] / 1024
+        if row[0] == 32:
+            raise RuntimeError("does not fit\nsecond line")
+        return [X, None]
+
+    made = gpu_module.GpuRunner(case, Work(timed, lambda: [X + 1]), rounds=4, device="cpu")
+    made.used = used
+    return made
+
+
+def test_times_are_taken_in_turns_with_each_one_in_front_once(runner):
+    configs = [(1024, 4), (2048, 4), (4096, 4)]
+    assert runner.times(configs) == [[1.0] * 4, [2.0] * 4, [4.0] * 4]
+    warm, rounds = runner.used[:9], runner.used[9:]
+    assert warm == [c for c in configs for _ in range(3)]
+    assert [rounds[i][0] for i in (0, 3, 6, 9)] == [1024, 2048, 4096, 1024]
+    assert all(set(rounds[i : i + 3]) == set(configs) for i in range(0, 12, 3))
+
+
+def test_a_run_gives_all_results_twice_and_the_most_that_a_variant_spills(runner, monkeypatch):
+    class Kernel:
+        name = "k"
+
+        def __init__(self, n_spills):
+            self.n_spills = n_spills
+
+    launched = iter([Kernel(0), Kernel(7), Kernel(2), Kernel(0)])
+    monkeypatch.setattr(JITFunction, "run", lambda self, **meta: next(launched))
+    kernel = object.__new__(JITFunction)
+
+    def timed():
+        kernel.run(grid=(1,))
+        kernel.run(grid=(1,))
+        return [X, None]
+
+    runner.work = Work(timed, lambda: [X + 1])
+    outcome = runner.run((512, 2))
+    assert outcome.spills == {"k": 7}
+    for results in (outcome.results, outcome.again):
+        assert all(map(torch.equal, results, [X, X + 1]))
+        assert len(results) == 2
+
+
+def test_what_does_not_run_is_refused_unless_the_gpu_is_lost(runner, monkeypatch):
+    monkeypatch.setattr(gpu_module, "_works", lambda: True)
+    with pytest.raises(Refused, match=r"RuntimeError: does not fit$"):
+        runner.run((32, 1))
+    monkeypatch.setattr(gpu_module, "_works", lambda: False)
+    with pytest.raises(Failure, match=r"gelu.forward with \[32, 1\] broke .*does not fit"):
+        runner.run((32, 1))
 
 
 class OneRunner(Mocked):

@@ -131,7 +131,7 @@ def work(case: Case, device: str, tokens: int = TOKENS) -> Work:
     if case.op == "layer_norm":
         return _layer_norm(case, device, max(2, min(tokens, tokens * 1024 // case.width)))
     if case.op == "cross_entropy":
-        return _cross_entropy(case, device, max(2, min(tokens, tokens * 4096 // case.width)))
+        return _cross_entropy(case, device, max(2, min(tokens, tokens * 2048 // case.width)))
     if case.op == "gelu":
         return _gelu(case, device, tokens * 3072 if tokens >= 1024 else 37 * tokens)
     return _epilogue(case, device, tokens)

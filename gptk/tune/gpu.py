@@ -24,9 +24,9 @@ FLUSH_MS = 0.5
 class GpuRunner:
     """choose.Runner for a case's work on torch's current GPU."""
 
-    def __init__(self, case: Case, work: Work, rounds: int) -> None:
+    def __init__(self, case: Case, work: Work, rounds: int, device: str = "cuda") -> None:
         self.case, self.work, self.rounds = case, work, rounds
-        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
         self.flush.zero_()
         self.repeats = max(1, round(FLUSH_MS / max(self._flush_ms(), 1e-3)))
 
@@ -39,9 +39,16 @@ class GpuRunner:
                 results, again = self._results(), self._results()
                 torch.cuda.synchronize()
             except (TritonError, RuntimeError) as error:
-                _still_works(self.case, config, error)
-                raise Refused(_first_line(error)) from None
-        return Outcome(_tensors(results), _tensors(again), {k.name: k.n_spills for k in kernels})
+                if _works():
+                    raise Refused(_first_line(error)) from None
+                raise Failure(
+                    f"{self.case.kernel} with {list(config)} broke this process's use of the GPU "
+                    f"({_first_line(error)}); rows measured before are kept; tune another --op"
+                ) from None
+        spills: dict[str, int] = {}
+        for kernel in kernels:  # a name stands for several variants
+            spills[kernel.name] = max(spills.get(kernel.name, 0), kernel.n_spills)
+        return Outcome(_tensors(results), _tensors(again), spills)
 
     def _results(self) -> Results:
         return [*self.work.timed(), *self.work.also()]
@@ -109,16 +116,14 @@ def _tensors(results: Results) -> list[torch.Tensor]:
     return [x for x in results if x is not None]
 
 
-def _still_works(case: Case, config: Config, error: BaseException) -> None:
+def _works() -> bool:
     """A kernel that read or wrote outside its memory leaves a GPU that refuses everything."""
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device="cuda").item()
     except RuntimeError:
-        raise Failure(
-            f"{case.kernel} with {list(config)} broke this process's use of the GPU "
-            f"({_first_line(error)}); rows measured before are kept; tune another --op"
-        ) from None
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:
