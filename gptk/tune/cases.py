@@ -106,8 +106,10 @@ def candidates(case: Case) -> list[Config]:
     if case.op == "attention":
         if not half:
             return list(product((16, 32, 64), (16, 32), (4, 8), (1, 2)))
-        blocks = (64, 128) if size <= 128 else (32, 64, 128)
-        return list(product(blocks, (32, 64, 128), (4, 8), (2, 3)))
+        own = (64, 128) if size <= 128 else (32, 64, 128)  # the side that a program owns
+        sides = (own, (32, 64, 128))
+        q, k = sides[::-1] if case.kernel == "attention.dkdv" else sides
+        return list(product(q, k, (4, 8), (2, 3)))
     if case.op == "layer_norm":
         tiles = [(m, size) for m in (1, 2, 4, 8, 16) if size <= 8192 and m * size <= 8192]
         tiles += [(1, n) for n in (1024, 2048, 4096, 8192) if n < size]
