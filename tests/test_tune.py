@@ -199,7 +199,8 @@ def test_a_row_of_the_file_is_used_and_computes_the_same(kernel, tmp_path, monke
         monkeypatch.setattr(f"gptk.ops.{case.op}.{name}.launch", spy)
     with tuning.trial({}):
         here = work(case, "cpu", 10)
-        expected = [*here.timed(), *here.also()]
+        calls = (here.timed,) if kernel in SLOW else (here.timed, here.also)
+        expected = [x for call in calls for x in call()]
         first = shipped(case, 0)
         config = next(c for c in candidates(case) if c[0] != first[0])
     place = tmp_path / "own.json"
@@ -208,7 +209,7 @@ def test_a_row_of_the_file_is_used_and_computes_the_same(kernel, tmp_path, monke
     tuning.forget()
     launched.clear()
     try:
-        got = [*here.timed(), *here.also()]
+        got = [x for call in calls for x in call()]
     finally:
         tuning.forget()
     own = dict(zip(tuning_file.KERNELS[kernel].parameters, config, strict=True))
@@ -218,6 +219,8 @@ def test_a_row_of_the_file_is_used_and_computes_the_same(kernel, tmp_path, monke
         assert a is None or differs(a, b) is None
 
 
+SLOW = ("attention.dq", "attention.dkdv")
+"""In the interpreter; the other flags of attention are those of its forward."""
 MODULES = {
     "attention": ("triton_impl", "triton_backward"),
     "layer_norm": ("triton_impl", "triton_backward"),
