@@ -40,10 +40,17 @@ def _bench(argv: list[str]) -> int:
     return bench.main(argv)
 
 
+def _tune(argv: list[str]) -> int:
+    from gptk.tune import main as tune
+
+    return tune.main(argv)
+
+
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on text"),
     "sample": (_sample, "let a trained GPT continue a prompt"),
     "bench": (_bench, "time ops and training steps against PyTorch on this machine"),
+    "tune": (_tune, "measure the Triton kernels' launch configurations on this machine's GPU"),
     "info": (_info, "what is built, what runs where, and why not elsewhere"),
 }
 
@@ -86,12 +93,13 @@ def usage() -> str:
 
 def _run(verb: str, argv: list[str]) -> int:
     from gptk.ops.contract import Unsupported
+    from gptk.ops.tuning_file import TuningFileError
 
     try:
         code = VERBS[verb][0](argv)
         sys.stdout.flush()  # here, where a failure is still a sentence
         return code
-    except (UsageError, Unsupported) as error:
+    except (UsageError, Unsupported, TuningFileError) as error:
         return _fail(f"gptk {verb}", str(error), 2)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:

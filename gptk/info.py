@@ -10,7 +10,7 @@ import torch
 import gptk
 from gptk import native
 from gptk.flags import UsageError
-from gptk.ops import contract, cpp_product
+from gptk.ops import contract, cpp_product, tuning_file
 from gptk.ops.catalog import BACKENDS, CROSSOVER, OPS, PREFERENCE, ROWS
 from gptk.train import hardware
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise UsageError(f"{unknown[0]!r} is not an op; must be one of {', '.join(OPS)}")
     try:
-        lines = [*machine(), "", *backends(), "", *ops(argv or OPS)]
+        lines = [*machine(), *tuning(), "", *backends(), "", *ops(argv or OPS)]
     except ValueError as error:  # GPTK_ISA names what this CPU or build does not have
         raise UsageError(str(error)) from None
     print("\n".join(lines))
@@ -56,6 +56,35 @@ def machine() -> list[str]:
         f"threads, {', '.join(features) or 'none of AVX2, AVX-512, AMX'}",
         f"GPU        {_gpus()}",
     ]
+
+
+def tuning() -> list[str]:
+    """Which tuning file the Triton kernels take their launch configurations from."""
+    archs = {0}
+    if torch.cuda.is_available():
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        archs = {10 * major + minor for major, minor in capabilities}
+    return [f"tuning     {_tuning(arch)}" for arch in sorted(archs)]
+
+
+def _tuning(arch: int) -> str:
+    path = tuning_file.in_use(arch)
+    if path is None:
+        reason = "no GPU"
+        if os.environ.get(tuning_file.VARIABLE) == "":
+            reason = f"{tuning_file.VARIABLE} is empty"
+        elif arch:
+            reason = f"no {tuning_file.default_place(arch)}; gptk tune makes it"
+        return f"what ships ({reason})"
+    try:
+        content = tuning_file.read(path, arch)
+    except tuning_file.TuningFileError as error:
+        return f"refused: {error}"
+    count = len(tuning_file.rows(content, path))
+    versions = {"gptk": gptk.__version__, "torch": torch.__version__, "triton": _version("triton")}
+    old = [f"{n} {content[n]} then" for n, now in versions.items() if content[n] != now]
+    line = f"{path}: {count} rows, {content['gpu']} (sm_{content['arch']}), {content['date']}"
+    return "; ".join([line, *old])
 
 
 def backends() -> list[str]:

@@ -1,18 +1,24 @@
-"""Launch configurations of Triton kernels: a table that is committed, no timing at run time.
+"""Launch configurations of Triton kernels: tables, no timing at run time.
 
 `gptk/ops/<op>/tuning.json` holds, per kernel, rows of arch, bits, size, kinds and config. A call
 takes the row with the same `bits` (of the inputs' dtype) and its kind (flags that cost registers),
 the largest `arch` (compute capability, 80 for 8.0) that is not above the GPU's, and then the
-smallest `size` that is not below its own. The choice is a function of these alone, so the same call
-has the same configuration, and gives the same bits, in every process.
+smallest `size` that is not below its own. Other kernels ship with a function of the sizes.
+
+A row of the user's own file (tuning_file.py, `gptk tune`) for the same bucket of calls wins over
+what ships. The choice is a function of arch, dtype, sizes and that file alone, so the same call has
+the same configuration, and gives the same bits, in every process.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-Config = tuple[int, ...]
+from gptk.ops import tuning_file
+from gptk.ops.tuning_file import Config, Key
 
 
 @functools.cache
@@ -21,6 +27,7 @@ def tuned(op: str, kernel: str, arch: int, bits: int, size: int, kind: str) -> C
 
     Raises:
         LookupError: no row has these bits and this kind for a size as large.
+        TuningFileError: the user's file cannot be used.
     """
     rows = [
         row
@@ -32,10 +39,52 @@ def tuned(op: str, kernel: str, arch: int, bits: int, size: int, kind: str) -> C
     known = {row["arch"] for row in rows}
     best = max((a for a in known if a <= arch), default=min(known))
     row = min((row for row in rows if row["arch"] == best), key=lambda row: row["size"])
-    return tuple(row["config"])
+    name = f"{op}.{kernel}"
+    own = user_row(name, arch, bits, size, kind) if name in tuning_file.KERNELS else None
+    return tuple(row["config"]) if own is None else own
+
+
+@functools.cache
+def user_row(kernel: str, arch: int, bits: int, size: int, kind: str) -> Config | None:
+    """The user's configuration for a call, None where the file has none or there is no file.
+
+    Raises:
+        TuningFileError: the user's file cannot be used.
+    """
+    return _user_rows(arch).get((kernel, bits, tuning_file.bucket(kernel, size), kind))
 
 
 @functools.cache
 def _table(op: str) -> dict[str, list[dict[str, Any]]]:
     path = Path(__file__).parent / op / "tuning.json"
     return json.loads(path.read_text("utf-8"))
+
+
+_trial: Mapping[Key, Config] | None = None
+
+
+@functools.cache
+def _user_rows(arch: int) -> Mapping[Key, Config]:
+    if _trial is not None:
+        return _trial
+    path = tuning_file.in_use(arch)
+    return {} if path is None else tuning_file.rows(tuning_file.read(path, arch), path)
+
+
+@contextlib.contextmanager
+def trial(rows: Mapping[Key, Config]) -> Iterator[None]:
+    """In this block `rows` stand for the user's file, which is not read: {} leaves what ships."""
+    global _trial
+    before, _trial = _trial, rows
+    forget()
+    try:
+        yield
+    finally:
+        _trial = before
+        forget()
+
+
+def forget() -> None:
+    """The next launch chooses anew."""
+    for cached in (tuned, user_row, _user_rows):
+        cached.cache_clear()

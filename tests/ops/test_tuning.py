@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from gptk.ops import tuning
-from gptk.ops.tuning import tuned
+from gptk.ops import tuning, tuning_file
+from gptk.ops.tuning import tuned, user_row
+from gptk.ops.tuning_file import KERNELS, TuningFileError
 
 OPS = sorted(path.parent.name for path in tuning.Path(tuning.__file__).parent.glob("*/tuning.json"))
 
@@ -57,3 +58,136 @@ def test_the_nearest_row_is_taken(monkeypatch):
         assert found == [(1,), (2,), (1,), (3,), (2,), (3,), (1,), (1,)]
     finally:
         tuned.cache_clear()
+
+
+def row(config, size, kind="plain", bits=16):
+    return {"bits": bits, "size": size, "kind": kind, "config": config}
+
+
+OWN = row([64, 32, 4, 3], 128)
+
+
+def content(kernel="attention.forward", rows=(OWN,), **changes):
+    """A user's file with the rows of one kernel."""
+    part = {"parameters": list(KERNELS[kernel].parameters), "rows": list(rows)}
+    words = dict.fromkeys(tuning_file.STRINGS, "?")
+    return {"format": 1, "arch": 90, **words, "kernels": {kernel: part}, **changes}
+
+
+@pytest.fixture
+def use(monkeypatch, tmp_path):
+    """Makes a file with this content (text as it is) the user's; `to` is its place."""
+
+    def write(content, to=tmp_path / "own.json", named=True):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+        monkeypatch.delenv("GPTK_TUNING")
+        if named:
+            monkeypatch.setenv("GPTK_TUNING", str(to))
+        tuning.forget()
+        return to
+
+    yield write
+    tuning.forget()
+
+
+def test_a_user_row_wins_for_its_own_bucket_alone(use):
+    shipped = {D: tuned("attention", "forward", 90, 16, D, "plain") for D in (64, 128, 256)}
+    use(content())
+    own = (64, 32, 4, 3)
+    assert own not in shipped.values()
+    found = [tuned("attention", "forward", 90, 16, D, "plain") for D in (64, 65, 128, 129)]
+    assert found == [shipped[64], own, own, shipped[256]]
+    assert tuned("attention", "forward", 90, 16, 128, "packed") != own
+    assert tuned("attention", "forward", 90, 32, 128, "plain") != own
+    assert tuned("attention", "dq", 90, 16, 128, "plain") != own
+    with pytest.raises(LookupError, match="size 257"):
+        tuned("attention", "forward", 90, 16, 257, "plain")
+
+
+def test_a_kernel_that_ships_with_a_function_has_the_row_or_none(use):
+    use(content("layer_norm.forward", [row([2, 1024, 8], 1024), row([1, 4096, 8], 65536)]))
+    sizes = (512, 513, 768, 1024, 1025, 32769, 65536, 10**6)
+    found = [user_row("layer_norm.forward", 90, 16, N, "plain") for N in sizes]
+    narrow, wide = (2, 1024, 8), (1, 4096, 8)
+    assert found == [None, narrow, narrow, narrow, None, wide, wide, wide]
+    assert user_row("gelu.forward", 90, 16, 0, "gelu") is None
+
+
+def test_the_file_is_read_once(use):
+    path = use(content())
+    first = tuned("attention", "forward", 90, 16, 128, "plain")
+    path.unlink()
+    assert tuned("attention", "forward", 90, 16, 65, "plain") == first
+
+
+@pytest.mark.parametrize("named, reads", [(False, True), (True, False)])
+def test_the_default_place_is_read_unless_the_variable_is_set(
+    use, monkeypatch, tmp_path, named, reads
+):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert tuning_file.default_place(90) == tmp_path / "gptk" / "tuning-sm_90.json"
+    use(content(), tuning_file.default_place(90), named=False)
+    if named:
+        monkeypatch.setenv("GPTK_TUNING", "")
+    own = user_row("attention.forward", 90, 16, 128, "plain")
+    assert own == ((64, 32, 4, 3) if reads else None)
+    # another GPU has a place of its own, the interpreter none
+    assert user_row("attention.forward", 80, 16, 128, "plain") is None
+    assert user_row("attention.forward", 0, 16, 128, "plain") is None
+
+
+def test_the_interpreter_takes_a_named_file_of_any_gpu(use):
+    use(content())
+    assert tuned("attention", "forward", 0, 16, 128, "plain") == (64, 32, 4, 3)
+
+
+GELU = [row([1024, 4], 0, "gelu")]
+REFUSED = {
+    "another GPU": (content(arch=80, gpu="NVIDIA A100"), r"NVIDIA A100 \(sm_80\).* sm_90"),
+    "another format": (content(format=2), "format 2.* reads format 1"),
+    "no format": ({"kernels": {}}, "names no format"),
+    "no JSON": ("{", "not JSON"),
+    "a list": ([], "names no format"),
+    "no GPU": (content(gpu=None), "'gpu' is missing"),
+    "unknown kernels": (content(kernels={"swish.up": {}, "rope": {}}), "has not: rope, swish.up"),
+    "no rows": (content(kernels={"gelu.forward": {}}), "gelu.forward has no rows"),
+    "other parameters": (
+        content(kernels={"gelu.forward": {"parameters": ["BLOCK"], "rows": []}}),
+        r"\['BLOCK'\], and this gptk takes \['BLOCK', 'num_warps'\]",
+    ),
+    "half a row": (content("gelu.forward", [{"bits": 16}]), "not a row with bits"),
+    "bits": (content("gelu.forward", [row([1024, 4], 0, "gelu", bits=8)]), "bits 8"),
+    "size": (content("gelu.forward", [row([1024, 4], 16, "gelu")]), "size 16, which no call"),
+    "a size between": (content(rows=[row([64, 32, 4, 3], 96)]), "size 96, which no call"),
+    "kind": (content("gelu.forward", [row([1024, 4], 0, "relu")]), "kind 'relu'"),
+    "short": (content("gelu.forward", [row([1024], 0, "gelu")]), "is not BLOCK, num_warps"),
+    "no power": (content("gelu.forward", [row([1000, 4], 0, "gelu")]), "BLOCK 1000, which is"),
+    "too high": (
+        content("linear.epilogue", [row([128, 64, 4], 1024, "gelu")]),
+        "BLOCK_M 128, which is not a power of two from 1 to 64",
+    ),
+    "true": (content("gelu.forward", [row([1024, True], 0, "gelu")]), "num_warps True"),
+    "twice": (content("gelu.forward", GELU * 2), "two rows for gelu.forward, 16 bits, gelu"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(use, name):
+    text, words = REFUSED[name]
+    path = use(text)
+    for _ in range(2):  # it is not forgotten after the first refusal
+        with pytest.raises(TuningFileError, match=words) as error:
+            user_row("gelu.forward", 90, 16, 0, "gelu")
+    said = str(error.value)
+    assert said.startswith(f"the tuning file {path} ")
+    assert "GPTK_TUNING=" in said
+    assert "\n" not in said
+
+
+def test_a_named_file_that_is_missing_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTK_TUNING", str(tmp_path / "none.json"))
+    tuning.forget()
+    with pytest.raises(TuningFileError, match=r"no tuning file .*none\.json; make it"):
+        tuned("attention", "forward", 90, 16, 64, "plain")
+    tuning.forget()

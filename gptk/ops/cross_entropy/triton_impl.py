@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gptk.ops.gelu.triton_impl import TL
-from gptk.ops.triton_launch import ACC, launch, narrow, why_not, widen
+from gptk.ops.triton_launch import ACC, architecture, launch, narrow, why_not, widen
+from gptk.ops.tuning import user_row
 
 
 def unsupported(
@@ -44,6 +45,14 @@ def launch_config(V: int) -> dict[str, int]:
     """Columns per step and warps for rows of V."""
     block_v = min(4096, max(32, triton.next_power_of_2(V)))
     return {"BLOCK_V": block_v, "num_warps": 4 if block_v <= 1024 else 8}
+
+
+def _config(kernel: str, logits: Tensor, softcap: float | None) -> dict[str, int]:
+    """The user's configuration, or the one that ships."""
+    V = logits.shape[1]
+    kind = "plain" if softcap is None else "softcap"
+    own = user_row(kernel, architecture(logits.device), 8 * logits.element_size(), V, kind)
+    return launch_config(V) if own is None else {"BLOCK_V": own[0], "num_warps": own[1]}
 
 
 @triton.jit
@@ -249,7 +258,7 @@ def losses(
         HAS_Z_LOSS=z_loss != 0.0,
         HAS_SMOOTHING=label_smoothing != 0.0,
         ACC=TL[ACC[logits.dtype]],
-        **launch_config(V),
+        **_config("cross_entropy.forward", logits, softcap),
     )
 
 
@@ -289,7 +298,7 @@ def logit_gradients(
         HAS_Z_LOSS=z_loss != 0.0,
         RESWEEP=dlogits.dtype == ACC[dlogits.dtype],
         ACC=TL[ACC[logits.dtype]],
-        **launch_config(V),
+        **_config("cross_entropy.backward", logits, softcap),
     )
 
 

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptk.ops.triton_launch import ACC, launch, narrow, why_not, widen
+from gptk.ops.triton_launch import ACC, architecture, launch, narrow, why_not, widen
+from gptk.ops.tuning import user_row
 
 TL = {
     torch.float16: tl.float16,
@@ -34,6 +35,12 @@ ACTIVATION = {"none": "gelu", "tanh": "gelu_tanh"}
 def launch_config(dtype: torch.dtype) -> dict[str, int]:
     """Block and warps for elementwise work: 16 bytes per thread and access in every dtype."""
     return {"BLOCK": 128 * (16 // dtype.itemsize), "num_warps": 4}
+
+
+def _config(kernel: str, x: Tensor, activation: str) -> dict[str, int]:
+    """The user's configuration, or the one that ships."""
+    own = user_row(kernel, architecture(x.device), 8 * x.element_size(), 0, activation)
+    return launch_config(x.dtype) if own is None else {"BLOCK": own[0], "num_warps": own[1]}
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return x
     y = torch.empty_like(x)
-    config = launch_config(x.dtype)
+    config = _config("gelu.forward", x, activation)
     grid = (triton.cdiv(x.numel(), config["BLOCK"]),)
     acc = TL[ACC[x.dtype]]
     launch(_gelu_forward_kernel, grid, x.device, y, x, x.numel(), activation, acc, **config)
@@ -156,7 +163,7 @@ def forward(x: Tensor, approximate: str) -> Tensor:
 def backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     """dx = dy gelu'(x), in x's dtype."""
     dx = torch.empty_like(x)
-    config = launch_config(x.dtype)
+    config = _config("gelu.backward", x, ACTIVATION[approximate])
     grid = (triton.cdiv(x.numel(), config["BLOCK"]),)
     launch(
         _gelu_backward_kernel,

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gptk.ops.philox_triton import keep_tile, philox_key
-from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split_seed, widen
+from gptk.ops.triton_launch import (
+    ACC,
+    architecture,
+    dropout_arguments,
+    launch,
+    narrow,
+    split_seed,
+    widen,
+)
+from gptk.ops.tuning import user_row
 
 GROUPS = 256  # about two programs for each multiprocessor of a large GPU
 
@@ -222,7 +231,11 @@ def backward(
     """(dx, dresidual, dweight, dbias) for dy and dh (M, N); None where `needs` says False."""
     M, N = h.shape
     acc, device = ACC[h.dtype], h.device
-    block_m, block_n, num_warps = launch_config(N, acc.itemsize, dropout_p > 0.0)
+    has_dropout = dropout_p > 0.0
+    kind = "dropout" if has_dropout else "plain"
+    asked = (architecture(device), 8 * h.dtype.itemsize, N, kind)
+    config = user_row("layer_norm.backward", *asked) or launch_config(N, acc.itemsize, has_dropout)
+    block_m, block_n, num_warps = config
     one_block = block_n >= N
     groups = min(triton.cdiv(M, block_m if one_block else 8), GROUPS)
     weight_dtype = h.dtype if weight is None else weight.dtype
@@ -257,7 +270,7 @@ def backward(
             HAS_DBIAS=one_block and needs[3],
             HAS_DH=dh is not None,
             HAS_WEIGHT=weight is not None,
-            HAS_DROPOUT=dropout_p > 0.0,
+            HAS_DROPOUT=has_dropout,
             ONE_BLOCK=one_block,
             BLOCK_M=block_m,
             BLOCK_N=block_n,

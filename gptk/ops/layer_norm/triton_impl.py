@@ -16,6 +16,7 @@ from gptk.ops.layer_norm.triton_backward import backward
 from gptk.ops.philox_triton import keep_tile, philox_key
 from gptk.ops.triton_launch import (
     ACC,
+    architecture,
     dropout_arguments,
     launch,
     narrow,
@@ -23,6 +24,7 @@ from gptk.ops.triton_launch import (
     why_not,
     widen,
 )
+from gptk.ops.tuning import user_row
 
 __all__ = ["backward", "forward", "launch_config", "unsupported"]
 
@@ -149,7 +151,10 @@ def forward(
     h = None if residual is None else torch.empty((M, N), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=ACC[dtype], device=x.device)
     rstd = torch.empty_like(mean)
-    block_m, block_n, num_warps = launch_config(N, mean.element_size())
+    kind = "dropout" if dropout_p > 0.0 else "plain"
+    asked = (architecture(x.device), 8 * dtype.itemsize, N, kind)
+    config = user_row("layer_norm.forward", *asked) or launch_config(N, mean.element_size())
+    block_m, block_n, num_warps = config
     launch(
         _layer_norm_forward_kernel,
         (triton.cdiv(M, block_m),),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gptk.ops.gelu.triton_impl import TL, activate, gelu, gelu_slope
 from gptk.ops.gelu.triton_impl import unsupported as unsupported
-from gptk.ops.triton_launch import ACC, launch, narrow, widen
+from gptk.ops.triton_launch import ACC, architecture, launch, narrow, widen
+from gptk.ops.tuning import user_row
 
 ROWS = 64
 """Rows that one program of the first stage adds."""
@@ -30,6 +31,15 @@ def launch_config(N: int) -> dict[str, int]:
     """Tile of the row-summing kernels; N is the number of columns."""
     block_n = min(128, max(16, triton.next_power_of_2(N)))
     return {"BLOCK_M": 1024 // block_n, "BLOCK_N": block_n, "num_warps": 4}
+
+
+def _config(dy: Tensor, activation: str | None) -> dict[str, int]:
+    """The user's configuration, or the one that ships."""
+    N, bits = dy.shape[1], 8 * dy.element_size()
+    own = user_row("linear.epilogue", architecture(dy.device), bits, N, activation or "none")
+    if own is None:
+        return launch_config(N)
+    return {"BLOCK_M": own[0], "BLOCK_N": own[1], "num_warps": own[2]}
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -118,7 +128,7 @@ def activation_backward(
     Without an activation dpre is dy itself, and act(pre) is pre.
     """
     M, N = dy.shape
-    config = launch_config(N)
+    config = _config(dy, activation)
     acc = ACC[dy.dtype]
     groups = triton.cdiv(M, ROWS)
     dpre = dy if activation is None else torch.empty_like(dy)

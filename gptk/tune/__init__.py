@@ -1,0 +1,1 @@
+"""Launch configurations measured on the user's GPU, for a file that the user can keep."""

@@ -1,0 +1,206 @@
+"""`gptk tune`: measure launch configurations on this machine's GPU and write those that won."""
+
+import argparse
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gptk
+from gptk.flags import Failure, UsageError
+from gptk.ops import tuning, tuning_file
+from gptk.ops.tuning_file import FORMAT, KERNELS, VARIABLE, Content, Key
+from gptk.tune.cases import Case, cases, shipped, work
+from gptk.tune.cases import candidates as candidates_of
+from gptk.tune.choose import Choice, Refused, Runner, choose
+
+ROUNDS, QUICK_ROUNDS = 50, 20
+OPS = sorted({kernel.partition(".")[0] for kernel in KERNELS})
+Measured = dict[Key, Choice]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of the verb."""
+    made = argparse.ArgumentParser(
+        prog="gptk tune",
+        description="Measures launch configurations of the Triton kernels on this machine's GPU "
+        "and writes a file that every later process reads. What ships is kept unless another "
+        "configuration computes the same, spills no registers and is faster by more than the "
+        "noise: the largest of 2 % and the interquartile ranges of both, in two measurements.",
+        epilog=f"{VARIABLE}=FILE names the file to write and to use, {VARIABLE}= uses none; where "
+        f"it is not set, the place is {tuning_file.default_place(90)} (for sm_90).",
+    )
+    made.add_argument(
+        "--op", action="append", choices=OPS, help="more than once for several; default all"
+    )
+    made.add_argument("--out", type=Path, help="the file to write; other rows that it has stay")
+    made.add_argument(
+        "--quick", action="store_true", help="fewer sizes, 16 bits only, fewer repetitions"
+    )
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    options = parser().parse_args(argv)
+    _need_a_gpu()
+    arch = _architecture()
+    header = _facts(arch)
+    named = os.environ.get(VARIABLE)
+    place = options.out or (Path(named) if named else tuning_file.default_place(arch))
+    held = before(place, header)
+    half = torch.bfloat16 if arch >= 80 else torch.float16
+    chosen = [
+        case
+        for case in cases(half)
+        if (not options.op or case.op in options.op) and (case.quick or not options.quick)
+    ]
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    measured: Measured = {}
+    for key, result in measure(chosen, arch, lambda case: _runner(case, rounds)):
+        print("\n".join(described(key, result)), flush=True)
+        if isinstance(result, Choice):
+            measured[key] = result
+            write(place, content(header, held, measured))  # at once: what is measured stays
+    if measured:
+        used = tuning_file.in_use(arch)
+        print(f"{place}: {len(measured)} rows written; {_use(place, used)}")
+    if len(measured) < len(chosen):
+        raise Failure(f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured")
+    return 0
+
+
+def _need_a_gpu() -> None:
+    """UsageError unless compiled Triton kernels run here."""
+    from gptk.ops.contract import availability
+
+    if not torch.cuda.is_available():
+        words = "there is none that torch can use; what ships stays in use"
+        raise UsageError(f"needs a GPU to measure on, and {words}")
+    reason = availability("triton")
+    if reason is None and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "TRITON_INTERPRET=1 has the kernels interpreted; unset it"
+    if reason is not None:
+        raise UsageError(f"needs the Triton kernels: {reason}")
+
+
+def _architecture() -> int:
+    from gptk.ops.triton_launch import architecture
+
+    return architecture(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _runner(case: Case, rounds: int) -> Runner:
+    from gptk.tune.gpu import GpuRunner
+
+    return GpuRunner(case, work(case, "cuda"), rounds)
+
+
+def measure(
+    chosen: Sequence[Case],
+    arch: int,
+    runner: Callable[[Case], Runner],
+) -> Iterator[tuple[Key, Choice | Refused]]:
+    """Each case's choice, or why what ships does not run."""
+    for case in chosen:
+        result: Choice | Refused
+        with tuning.trial({}):  # no user's file, and no earlier row, has a part in it
+            try:
+                result = choose(shipped(case, arch), candidates_of(case), runner(case))
+            except Refused as error:
+                result = error
+        yield case.key, result
+
+
+def described(key: Key, choice: Choice | Refused) -> list[str]:
+    """A row in words: what was chosen, what was left out and why."""
+    if isinstance(choice, Refused):
+        return [f"{tuning_file.shown(key)}: not measured, what ships does not run: {choice}"]
+    was = f"{list(choice.shipped)} {choice.shipped_ms:.4f} ms"
+    kept = choice.config == choice.shipped
+    now = "kept" if kept else f"-> {list(choice.config)} {choice.config_ms:.4f} ms"
+    lines = [f"{tuning_file.shown(key)}: {was} {now}"]
+    return lines + [f"    left out {list(c)}: {why}" for c, why in choice.left_out.items()]
+
+
+def _facts(arch: int) -> Content:
+    """What a file says of where it was measured."""
+    import triton
+
+    return {
+        "format": FORMAT,
+        "gpu": torch.cuda.get_device_name(),
+        "arch": arch,
+        "gptk": gptk.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def before(place: Path, header: Content) -> Content | None:
+    """The file that is already there, whose other rows stay; None where there is none.
+
+    Raises:
+        UsageError: it was measured elsewhere or with other versions, or cannot be read.
+    """
+    if not place.exists():
+        return None
+    held = tuning_file.read(place, header["arch"])
+    for name in ("gpu", "gptk", "torch", "triton"):
+        if held[name] != header[name]:
+            is_now = f"{name} {held[name]}, and this is {header[name]}"
+            raise UsageError(f"{place} was measured with {is_now}; move it away or name --out FILE")
+    return held
+
+
+def content(header: Content, held: Content | None, measured: Measured) -> Content:
+    """The file: the rows measured now, and of `held` those of other calls."""
+    rows: dict[Key, dict[str, Any]] = {}
+    for kernel, part in ({} if held is None else held["kernels"]).items():
+        rows |= {(kernel, row["bits"], row["size"], row["kind"]): row for row in part["rows"]}
+    for (kernel, bits, size, kind), choice in measured.items():
+        rows[kernel, bits, size, kind] = {
+            "bits": bits,
+            "size": size,
+            "kind": kind,
+            "config": list(choice.config),
+            "config_ms": round(choice.config_ms, 5),
+            "shipped": list(choice.shipped),
+            "shipped_ms": round(choice.shipped_ms, 5),
+        }
+    kernels = {}
+    for kernel in KERNELS:
+        own = [row for key, row in sorted(rows.items()) if key[0] == kernel]
+        if own:
+            kernels[kernel] = {"parameters": list(KERNELS[kernel].parameters), "rows": own}
+    return header | {"kernels": kernels}
+
+
+def write(place: Path, made: Content) -> None:
+    """Store a file, one row a line, whole or not at all."""
+    head = {name: value for name, value in made.items() if name != "kernels"}
+    parts = []
+    for kernel, part in made["kernels"].items():
+        lines = ",\n    ".join(json.dumps(row) for row in part["rows"])
+        names = json.dumps(part["parameters"])
+        parts.append(f' {json.dumps(kernel)}: {{"parameters": {names}, "rows": [\n    {lines}]}}')
+    text = json.dumps(head)[:-1] + ',\n"kernels": {\n' + ",\n".join(parts) + "\n}}\n"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, "utf-8")
+        os.replace(draft, place)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _use(place: Path, used: Path | None) -> str:
+    """Whether later processes read what was written."""
+    if used is not None and used.absolute() == place.absolute():
+        return "later processes use it"
+    return f"to use it: {VARIABLE}={place}"
