@@ -10,10 +10,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import InterpreterError  # noqa: E402
 from equivalence import CASES, run  # noqa: E402
 from interpreter_checks import needs_interpreter, overflow_checks  # noqa: E402
 from memory_checks import checked_memory  # noqa: E402
+from triton.runtime.interpreter import InterpreterError  # noqa: E402
 
 from gptk.ops.adamw import adamw_  # noqa: E402
 from gptk.ops.attention import triton_decode, triton_dkdv, triton_dq, triton_impl  # noqa: E402
@@ -28,7 +28,8 @@ MORE = {
         dict(B=1, H=2, Tq=1, Tk=40, D=8, causal=True, window=30, dropout_p=0.25),
         dict(B=1, H=2, Hkv=1, Tq=17, Tk=33, D=17, causal=True, dropout_p=0.25),
     ],
-    "layer_norm": [dict(shape=(3, 8195), residual=True, dropout_p=0.3)],  # wider than a block
+    "layer_norm": [dict(shape=(9, 8193), residual=True, dropout_p=0.3)],  # wider than a block
+    "linear": [dict(shape=(70, 8), N=5, activation="gelu")],  # sums over rows of two programs
     "cross_entropy": [dict(N=3, V=4099, label_smoothing=0.1)],
 }
 """Cases beside the ops' own, in bfloat16, for kernels and branches that these do not reach."""
@@ -54,7 +55,7 @@ def _overflows_are_errors():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Attention in tiles of 16 x 16, and its keys in parts of 16, so that short rows have several."""
+    """Attention in tiles of 16 x 16, its keys in parts of 16: short rows have several of each."""
     for module in (triton_impl, triton_dq, triton_dkdv):
         monkeypatch.setattr(module, "launch_config", lambda *_: (16, 16, 4, 1))
     monkeypatch.setattr(triton_decode, "LEAST_KEYS", 16)
