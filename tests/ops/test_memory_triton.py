@@ -1,4 +1,8 @@
-"""Every Triton kernel under the memory checker: bounds, what nothing wrote, races."""
+"""Every Triton kernel under the memory checker: bounds, what nothing wrote, races.
+
+triton-viz 3.0's sanitizer cannot do it: it takes every branch on the program's index, reports loops
+that begin at it, and has no tl.trans before tl.dot, no tl.join and no addresses from tables.
+"""
 
 import ast
 import importlib
@@ -28,11 +32,14 @@ MORE = {
         dict(B=1, H=2, Tq=1, Tk=40, D=8, causal=True, window=30, dropout_p=0.25),
         dict(B=1, H=2, Hkv=1, Tq=17, Tk=33, D=17, causal=True, dropout_p=0.25),
     ],
-    "layer_norm": [dict(shape=(9, 8193), residual=True, dropout_p=0.3)],  # wider than a block
+    "layer_norm": [dict(shape=(9, 8193), residual=True)],  # wider than a block
     "linear": [dict(shape=(70, 8), N=5, activation="gelu")],  # sums over rows of two programs
     "cross_entropy": [dict(N=3, V=4099, label_smoothing=0.1)],
 }
 """Cases beside the ops' own, in bfloat16, for kernels and branches that these do not reach."""
+
+LEFT_OUT = {"odd_full", "odd_causal", "dropout", "packed"}
+"""Of attention's cases, those whose branches and edges others have too: an interpreter is slow."""
 
 
 def launched(op):
@@ -64,7 +71,9 @@ def small_tiles(monkeypatch):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("op", [op for op in OPS if op != "adamw"])
 def test_an_op_accesses_what_it_was_given_and_reads_what_was_written(op):
-    cases = [(case, torch.float32) for case in CASES[op].CASES.values()]
+    left_out = LEFT_OUT if op == "attention" else ()
+    own = [case for name, case in CASES[op].CASES.items() if name not in left_out]
+    cases = [(case, torch.float32) for case in own]
     cases += [(case, torch.bfloat16) for case in MORE.get(op, [])]
     seen = set()
     for case, dtype in cases:
