@@ -19,6 +19,12 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `equivalence` by name
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-timeout (`make gpu` needs pytest alone) its setting is known, but idle."""
+    if not (pluginmanager.hasplugin("timeout") or pluginmanager.hasplugin("pytest_timeout")):
+        parser.addini("timeout", "seconds a test may take; needs pytest-timeout")
+
+
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory() -> Iterator[None]:
     """torch.empty is filled with NaN, so an element that a kernel does not write shows."""
