@@ -218,7 +218,8 @@ def _extension(results: Results) -> str:
 def _titled(title: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
     def section(results: Results) -> str:
         body = make(results)
-        return f"## {title}\n\n{body}" if body else ""
+        mark = " (dry run: no measurement)" if results.dry else ""
+        return f"## {title}{mark}\n\n{body}" if body else ""
 
     return section
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,19 +28,25 @@ def of(op: str, device: str) -> dict[str, Provider]:
     """Name -> callable with the keywords of the op's cases; ours first."""
     found: dict[str, Provider] = {OURS: ours(op)}
     if op == "attention":
+        found[FLASH] = _sdpa(SDPBackend.FLASH_ATTENTION)
         if device == "cuda":
-            found[FLASH] = _sdpa(SDPBackend.FLASH_ATTENTION)
             found[CUDNN] = _sdpa(SDPBackend.CUDNN_ATTENTION)
-        else:  # the one fused kernel that a CPU has
-            found[FLASH] = _sdpa(SDPBackend.FLASH_ATTENTION)
+        found[COMPILED] = _compiled(op, device)
         return found
     found[EAGER] = providers.TORCH[op]
-    # a dry run has no use for the minutes of compiling
-    engine = "inductor" if device == "cuda" else "eager"
-    found[COMPILED] = torch.compile(providers.TORCH[op], dynamic=False, backend=engine)
+    found[COMPILED] = _compiled(op, device)
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None and op in LIGERS:
         found[LIGER] = LIGERS[op]
     return found
+
+
+def _compiled(op: str, device: str) -> Provider:
+    torch._dynamo.reset()  # one function is compiled for a few sizes, then no more
+    if op == "attention":  # its backward is timed alone, again and again over one graph
+        torch._functorch.config.donated_buffer = False
+    # a dry run has no use for the minutes of compiling
+    engine = "inductor" if device == "cuda" else "eager"
+    return torch.compile(providers.TORCH[op], dynamic=False, backend=engine)
 
 
 def _sdpa(backend: SDPBackend) -> Provider:

@@ -22,7 +22,7 @@ REAL: dict[str, dict[str, Values]] = {
         "gpt2": dict(B=4, H=12, Tq=T, Tk=T, D=64, causal=True),
         "gpt2_dropout": dict(B=1, H=12, Tq=T, Tk=T, D=64, causal=True, dropout_p=0.1),
         "gpt2_xl": dict(B=2, H=25, Tq=T, Tk=T, D=64, causal=True),
-        "llama_8b": dict(B=1, H=32, Hkv=8, Tq=2 * T, Tk=2 * T, D=128, causal=True),
+        "llama_8b": dict(B=1, H=32, Hkv=8, Tq=T, Tk=T, D=128, causal=True),
     },
     "gelu": {
         "gpt2": dict(shape=(4, T, 3072), approximate="tanh"),

@@ -36,13 +36,15 @@ LEAST_SECONDS = 5.0
 @dataclass(frozen=True)
 class Stage:
     """target: module:function, called with a Job; seconds: the limit of each part; jobs: parts
-    that run at once (timings need the GPU to themselves)."""
+    that run at once (timings need the GPU to themselves); overlaps: its parts need not wait for
+    those of the stage before it, if that one has several jobs too."""
 
     name: str
     target: str
     seconds: float
     parts: tuple[str, ...] = ("",)
     jobs: int = 1
+    overlaps: bool = False
 
 
 def _suite_parts() -> tuple[str, ...]:
@@ -55,12 +57,12 @@ HERE = "benchmarks.gpu"
 STAGES = (
     Stage("environment", f"{HERE}.environment:run", 40),
     Stage("equivalence", f"{HERE}.equivalence:run", 75, OPS, jobs=8),
-    Stage("benchmarks", f"{HERE}.timing:run", 45, OPS),
-    Stage("training", f"{HERE}.training:run", 60, ("torch", "triton", "compile")),
-    Stage("suite", f"{HERE}.suite:run", 90, _suite_parts(), jobs=8),
-    Stage("repeats", f"{HERE}.repeats:run", 45, OPS, jobs=8),
-    Stage("sanitizer", f"{HERE}.sanitizer:run", 60, ("memcheck", "racecheck"), jobs=2),
-    Stage("extension", f"{HERE}.extension:run", 45),
+    Stage("benchmarks", f"{HERE}.timing:run", 70, OPS),
+    Stage("training", f"{HERE}.training:run", 90, ("torch", "triton", "compile")),
+    Stage("suite", f"{HERE}.suite:run", 120, _suite_parts(), jobs=8),
+    Stage("repeats", f"{HERE}.repeats:run", 60, OPS, jobs=8, overlaps=True),
+    Stage("sanitizer", f"{HERE}.sanitizer:run", 90, ("memcheck", "racecheck"), 8, overlaps=True),
+    Stage("extension", f"{HERE}.extension:run", 45, jobs=8, overlaps=True),
 )
 
 
@@ -108,28 +110,34 @@ def run_all(
     """Every stage in order; none that crashes, hangs or fails ends the rest."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    groups: list[list[Stage]] = []
     for stage in stages:
-        _run_stage(run, stage, context)
+        if groups and stage.overlaps and min(stage.jobs, groups[-1][-1].jobs) > 1:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    for group in groups:
+        _run_together(run, group, context)
 
 
-def _run_stage(run: Run, stage: Stage, context: Any) -> None:
-    waiting = list(stage.parts)
-    running: dict[str, _Running] = {}
-    jobs = min(stage.jobs, os.cpu_count() or 1)
+def _run_together(run: Run, group: list[Stage], context: Any) -> None:
+    waiting = [(stage, part) for stage in group for part in stage.parts]
+    running: dict[tuple[Stage, str], _Running] = {}
+    jobs = min(group[0].jobs, os.cpu_count() or 1)
     with _killed_on_exit(running):
         while waiting or running:
             while waiting and len(running) < jobs:
-                part = waiting.pop(0)
+                stage, part = waiting.pop(0)
                 now = time.monotonic()
                 if run.ends - now < LEAST_SECONDS:
                     run.record(stage.name, part, "not run", "the time of the run was up", None)
                     continue
                 ends = min(now + stage.seconds, run.ends)
-                running[part] = _start(run, stage, part, now, ends, context)
-            for part, one in list(running.items()):
+                running[stage, part] = _start(run, stage, part, now, ends, context)
+            for (stage, part), one in list(running.items()):
                 state = _state(one, run.ends)
                 if state is not None:
-                    del running[part]
+                    del running[stage, part]
                     if state[0] != "done":
                         state = (state[0], state[1] + _last_words(run.out, stage.name, part))
                     run.record(stage.name, part, *state, one.began)
@@ -153,7 +161,7 @@ def _state(one: _Running, run_ends: float) -> tuple[str, str] | None:
         _kill(one.process)
         limit = "the time of the run" if one.ends >= run_ends else f"{one.ends - one.began:.0f} s"
         return "stopped", f"it was not done after {limit}"
-    one.process.join()
+    _kill(one.process)  # what it started may still be there
     if code == 0:
         return "done", ""
     if code < 0:
@@ -171,7 +179,7 @@ def _kill(process: BaseProcess) -> None:
 
 
 @contextlib.contextmanager
-def _killed_on_exit(running: dict[str, _Running]) -> Iterator[None]:
+def _killed_on_exit(running: dict[tuple[Stage, str], _Running]) -> Iterator[None]:
     try:
         yield
     finally:
