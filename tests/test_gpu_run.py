@@ -223,3 +223,33 @@ def test_a_target_is_met_missed_or_not_measured(seconds, state, words, tmp_path)
         (tmp_path / "run.json").write_text(json.dumps({"dry_run": False, "parts": run.parts}))
         again = {t.words: t.state for t in targets(Results(tmp_path))}
         assert again["layer_norm: never slower than torch from 768 wide up"] == "met in part"
+
+
+def test_calls_take_turns_each_behind_a_flushed_cache(monkeypatch):
+    from benchmarks.gpu import clock
+
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(clock.torch.cuda, "Event", Event)
+    monkeypatch.setattr(clock.torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(clock.torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(clock.torch, "empty", lambda *size, **options: Buffer())
+    calls = {name: functools.partial(log.append, name) for name in ("ours", "theirs")}
+    found = clock.samples(calls, "cuda", seconds=0.0, least=3)
+    assert found == {"ours": [2e-3] * 3, "theirs": [2e-3] * 3}
+    turn = ["flush", "sleep", "event", "ours", "event", "flush", "sleep", "event", "theirs"]
+    assert log[-33:] == ([*turn, "event", "wait"] * 3)

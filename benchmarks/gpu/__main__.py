@@ -70,7 +70,8 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["GPTK_GPU_DRY_RUN"] = "1"
     else:
-        os.environ.pop("TRITON_INTERPRET", None)
+        for name in ("TRITON_INTERPRET", "GPTK_GPU_DRY_RUN"):
+            os.environ.pop(name, None)
         if reason := why_no_gpu():
             sys.exit(reason)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = (

@@ -37,7 +37,7 @@ def run(job: Job) -> None:
             capability=f"{card.major}.{card.minor}",
             multiprocessors=card.multi_processor_count,
             memory_bytes=card.total_memory,
-            L2_bytes=card.L2_cache_size,
+            L2_bytes=getattr(card, "L2_cache_size", None),
             cudnn=torch.backends.cudnn.version(),
             idle=_card(),
         )
