@@ -77,12 +77,13 @@ def yardstick(op: str, values: dict[str, Any]) -> Callable[..., Any]:
 
 def judge(known: Answers, found: list[Tensor]) -> list[Found]:
     """Every tensor of an answer held against its bound."""
-    largest = gate.magnitude(known.truth[known.outputs :])
+    # flat, because the places of a matrix's finite elements take twice the memory of a vector's
+    largest = gate.magnitude(t.flatten() for t in known.truth[known.outputs :])
     made = []
     for i, (name, y) in enumerate(zip(known.names, found, strict=True)):
         torchs = gate.error(known.torchs[i], known.exact[i])
         limits = (gate.FORWARD, 0.0) if i < known.outputs else (gate.GRADIENT, largest)
-        bound = gate.bound(y, known.truth[i], torchs, *limits)
+        bound = gate.bound(y, known.truth[i].flatten(), torchs, *limits)
         made.append(Found(name, gate.error(y, known.truth[i]), torchs, bound))
     return made
 

@@ -11,6 +11,15 @@ Values = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 T = 1024
+
+
+def parameters(layers: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of GPT-2's parameters at 768 channels, so many of its 12 layers."""
+    attention = ((768,), (768,), (2304, 768), (2304,), (768, 768), (768,))
+    mlp = ((768,), (768,), (3072, 768), (3072,), (768, 3072), (768,))
+    return ((50304, 768), (1024, 768), *(attention + mlp) * layers, (768,), (768,))
+
+
 REAL: dict[str, dict[str, Values]] = {
     "layer_norm": {
         "gpt2": dict(shape=(4, T, 768), residual=True),
@@ -52,12 +61,8 @@ REAL: dict[str, dict[str, Values]] = {
         "llama_8b": dict(shape=(1, T, 4096), V=128256),
     },
     "adamw": {
-        "gpt2": dict(
-            shapes=((50304, 768), (1024, 768))
-            + ((768,), (768,), (2304, 768), (2304,), (768, 768), (768,)) * 12
-            + ((768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)) * 12,
-            max_grad_norm=1.0,
-        ),
+        # two of its layers: float64 and a copy of everything, many processes at once
+        "gpt2": dict(shapes=parameters(2), max_grad_norm=1.0),
     },
 }
 

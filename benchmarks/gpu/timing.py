@@ -15,6 +15,7 @@ import torch
 from benchmarks.gpu import clock, equivalence, rivals, shapes
 from benchmarks.gpu.job import Job
 from gptk.bench import gate
+from gptk.ops.adamw.cases import inputs as draw_adamw
 from gptk.optim import AdamW
 
 Values = dict[str, Any]
@@ -205,7 +206,8 @@ def _call(op: str, function: Callable[..., Any], values: Values, mode: str) -> c
 
 def run_adamw(job: Job) -> None:
     """Clipping by the global norm and one update of all of GPT-2 124M's parameters, float32."""
-    drawn = shapes.inputs("adamw", "gpt2", torch.float32, job.device, job.dry)
+    sizes = shapes.TINY["adamw"] if job.dry else dict(shapes=shapes.parameters(12))
+    drawn = shapes.place(draw_adamw(**sizes, dtype=torch.float32), job.device)
     numbers = sum(p.numel() for p in drawn["params"])
     calls = {}
     for name in (rivals.OURS, rivals.EAGER, "torch foreach"):
