@@ -144,7 +144,7 @@ if __name__ == "__main__":
     run = stages.Run(Path("OUT"), dry=False, ends=time.monotonic() + 60)
     table = stage("crash"), stage("fail", parts=("a", "b")), stage("hang", 2.0), stage("fine")
     stages.run_all(run, table, preload=())
-    run.ends = time.monotonic() + 0.8
+    run.ends = time.monotonic() + 1.5
     stages.run_all(run, (stage("late"), stage("never")), preload=())
 """
 
