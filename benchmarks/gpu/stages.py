@@ -116,15 +116,23 @@ def run_all(
             groups[-1].append(stage)
         else:
             groups.append([stage])
-    for group in groups:
-        _run_together(run, group, context)
+    try:
+        for group in groups:
+            _run_together(run, group, context)
+    except BaseException:  # a signal, as a rule: the report names what it cut off
+        known = {(entry["stage"], entry["part"]) for entry in run.parts}
+        for stage in stages:
+            for part in stage.parts:
+                if (stage.name, part) not in known:
+                    run.record(stage.name, part, "not run", "the run was ended", None)
+        raise
 
 
 def _run_together(run: Run, group: list[Stage], context: Any) -> None:
     waiting = [(stage, part) for stage in group for part in stage.parts]
     running: dict[tuple[Stage, str], _Running] = {}
     jobs = min(group[0].jobs, os.cpu_count() or 1)
-    with _killed_on_exit(running):
+    with _killed_on_exit(run, running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 stage, part = waiting.pop(0)
@@ -179,12 +187,14 @@ def _kill(process: BaseProcess) -> None:
 
 
 @contextlib.contextmanager
-def _killed_on_exit(running: dict[tuple[Stage, str], _Running]) -> Iterator[None]:
+def _killed_on_exit(run: Run, running: dict[tuple[Stage, str], _Running]) -> Iterator[None]:
     try:
         yield
     finally:
         for one in running.values():
             _kill(one.process)
+        for (stage, part), one in running.items():
+            run.record(stage.name, part, "stopped", "the run was ended", one.began)
 
 
 def _last_words(out: Path, stage: str, part: str) -> str:
