@@ -41,7 +41,7 @@ def run(job: Job) -> None:
     op, _, dtype = job.part.partition("/")
     only = f"[{op}- or [{op}]"
     if dtype:  # what names no dtype belongs to the first of these parts
-        only = f"[{op}- and {dtype}" + (f" or [{op}]" if dtype == "float32" else "")
+        only = f"[{op}- and -{dtype}]" + (f" or [{op}]" if dtype == "float32" else "")
     arguments = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", only, "tests/gpu"]
     arguments += ["-W", "default"]  # what another version of torch deprecates is no wrong answer
     status = pytest.main(arguments, plugins=[Outcomes(job)])
