@@ -8,6 +8,9 @@ WORKERS ?= 2
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 TRITON_VERSIONS ?= 3.6.0 3.9.0
+GPU_PYTHON ?= python3
+GPU_MINUTES ?= 9
+GPU_ARGS ?=
 TRITON_TESTS ?= tests/ops tests/test_equivalence.py
 BENCH_ARGS ?=
 
@@ -26,7 +29,7 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench aot test-triton clean FORCE
+.PHONY: help train test lint bench aot test-triton gpu clean FORCE
 
 help:
 	@echo 'make train   train the default model on this machine, then print a sample; TRAIN_ARGS= adds flags'
@@ -35,6 +38,8 @@ help:
 	@echo 'make lint    ruff, mypy, import-linter, clang-format'
 	@echo 'make bench   time ops and training steps against PyTorch; BENCH_ARGS= adds arguments'
 	@echo 'make aot     compile every Triton kernel for sm_80, sm_90, sm_100; store what each needs, and the roofline'
+	@echo 'make gpu     on a machine with a GPU: tests, benchmarks and training in $(GPU_MINUTES) minutes, with the packages'
+	@echo '             that $(GPU_PYTHON) has; GPU_PYTHON= names another, GPU_ARGS= adds arguments (--dry-run: no GPU)'
 	@echo 'make clean   remove .venv and what was built; runs/ stays'
 	@echo 'PYTHON=$(PYTHON) and WORKERS=$(WORKERS) (test processes) can be changed in the same way'
 
@@ -68,6 +73,10 @@ bench: $(VENV)/.installed-dev
 
 aot: $(VENV)/.installed-dev
 	@$(BIN)/python -m gptk.aot --json benchmarks/results/aot.json
+
+# Installs nothing and makes no .venv: torch, triton, numpy and pytest are the machine's own.
+gpu:
+	@PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu --minutes $(GPU_MINUTES) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 os.environ["GPTK_TUNING"] = ""  # what ships is tested, not what was measured on this machine
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,31 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `equivalence` by name
+
+
+WANTED = {
+    "text/test_stream.py": "hypothesis",
+    "text/test_tokenizer.py": "hypothesis",
+    "train/test_checkpoint.py": "safetensors",
+}
+ABSENT = {file: name for file, name in WANTED.items() if importlib.util.find_spec(name) is None}
+collect_ignore = list(ABSENT)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not collected: {file}, {name} is not installed" for file, name in ABSENT.items()]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marks of plugins that may be absent."""
+    for mark in ("timeout", "benchmark"):
+        config.addinivalue_line("markers", f"{mark}: needs pytest-{mark}")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-timeout (`make gpu` needs pytest alone) its setting is known, but idle."""
+    if not (pluginmanager.hasplugin("timeout") or pluginmanager.hasplugin("pytest_timeout")):
+        parser.addini("timeout", "seconds a test may take; needs pytest-timeout")
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,9 @@ def test_snippets_run(code, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake (train|test|help)\b", README))))
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"\bmake (train|test|help|gpu)\b", README)))
+)
 def test_make_targets_exist(target):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

@@ -1,0 +1,236 @@
+"""report.md: the targets, what is wrong, then a table a stage. Made anew after every part."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.results import Results, Row, faults
+from benchmarks.gpu.targets import targets
+
+DRY = (
+    "**A dry run on a CPU, kernels interpreted, sizes tiny. No number here is a measurement; it "
+    "shows that every stage runs.**"
+)
+
+
+def write(out: Path) -> None:
+    """Replace the report by one of all that is there."""
+    results = Results(out)
+    sections = [_head(results), _targets(results), _faults(results), _parts(results)]
+    sections += [make(results) for make in SECTIONS]
+    fresh = out / "report.part"
+    fresh.write_text("\n\n".join(s for s in sections if s) + "\n")
+    os.replace(fresh, out / "report.md")
+
+
+def all_ran(out: Path) -> bool:
+    """True if every part came to its end and nothing is wrong; a missed speed is not wrong."""
+    return not faults(Results(out))
+
+
+def table(names: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Markdown; an empty string for no rows."""
+    lines = [list(map(_cell, row)) for row in rows]
+    heads = list(names)
+    marks = ["---"] * len(heads)
+    if not lines:
+        return ""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, marks, *lines])
+
+
+def _cell(value: Any) -> str:
+    words = "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return words.replace("|", "\\|").replace("\n", " ")
+
+
+def _head(results: Results) -> str:
+    facts = results.facts("environment")
+    packages = facts.get("packages", {})
+    versions = ", ".join(f"{n} {v}" for n, v in packages.items() if v)
+    name = facts.get("card") or ("no GPU" if results.dry else "GPU not read")
+    lines = ["# gptk on a GPU", DRY if results.dry else ""]
+    lines.append(f"{name}; {versions}; commit {facts.get('commit')}")
+    return "\n\n".join(line for line in lines if line)
+
+
+def _targets(results: Results) -> str:
+    rows = [(t.words, f"**{t.state}**", t.value) for t in targets(results)]
+    return "## Targets\n\n" + table(("target", "", "measured"), rows)
+
+
+def _faults(results: Results) -> str:
+    found = faults(results)
+    if not found:
+        return ""
+    return "## Wrong\n\n" + "\n".join(f"* {_cell(line)}" for line in found)
+
+
+def _parts(results: Results) -> str:
+    rows = [
+        (p["stage"], p["part"], p["state"], p["began"], p["seconds"], p["why"])
+        for p in results.parts
+    ]
+    return "## Stages\n\n" + table(("stage", "part", "", "from s", "took s", "why"), rows)
+
+
+def _environment(results: Results) -> str:
+    facts = results.facts("environment")
+    rows = [
+        (name, value)
+        for name, value in facts.items()
+        if value is not None and not isinstance(value, dict)
+    ]
+    rows += [
+        (f"{name}: {inner}", value)
+        for name, held in facts.items()
+        if isinstance(held, dict)
+        for inner, value in held.items()
+        if value is not None
+    ]
+    return table(("environment", ""), rows)
+
+
+def _equivalence(results: Results) -> str:
+    """One line a case: the tensor nearest to its bound, or furthest beyond."""
+    worst: dict[tuple[str, str, str], Row] = {}
+    for row in results.rows("equivalence"):
+        key = (row["op"], row["case"], row["dtype"])
+        if key not in worst or _share(row) > _share(worst[key]):
+            worst[key] = row
+    rows = [
+        (*key, r["tensor"], r["error"], r["torchs"], r["bound"], "yes" if r["passed"] else "**no**")
+        for key, r in worst.items()
+    ]
+    heads = ("op", "case", "dtype", "nearest its bound", "error", "PyTorch's", "bound", "passed")
+    return table(heads, rows)
+
+
+def _share(row: Row) -> float:
+    return row["error"] / row["bound"] if row["bound"] else float(not row["passed"])
+
+
+def _benchmarks(results: Results) -> str:
+    facts = results.facts("environment")
+    copy, rates = facts.get("copy_bandwidth"), facts.get("product_rates", {})
+    rows = []
+    ours = {
+        _key(r): r["seconds"]
+        for r in results.rows("benchmarks")
+        if r["provider"].startswith("gptk") and "seconds" in r
+    }
+    for r in results.rows("benchmarks"):
+        if "refused" in r:
+            rows.append((r["op"], r["case"], r["dtype"], "", r["provider"], r["refused"]))
+            continue
+        roof = copy if "bytes" in r else rates.get(r["dtype"])
+        rate = r.get("bytes", r.get("flops")) / r["seconds"]
+        unit = "GB/s" if "bytes" in r else "TFLOP/s"
+        base = ours.get(_key(r))
+        rows.append(
+            (
+                *(r[name] for name in ("op", "case", "dtype", "mode", "provider")),
+                f"{1e3 * r['seconds']:.4g}",
+                f"{1e3 * r['p20']:.4g} to {1e3 * r['p80']:.4g}",
+                r["n"],
+                f"{rate / (1e9 if unit == 'GB/s' else 1e12):.4g} {unit}",
+                f"{rate / roof:.0%}" if roof else None,
+                f"{1e6 * r['host_seconds']:.0f}",
+                _mebibytes(r["peak_bytes"]),
+                f"{base / r['seconds']:.2f}" if base else None,
+            )
+        )
+    heads = ["op", "case", "dtype", "pass", "provider", "ms", "p20 to p80", "n", "rate"]
+    heads += ["of peak", "host us", "peak MiB", "gptk / it"]
+    width = len(heads)
+    return table(heads, ((*row, *[None] * (width - len(row))) for row in rows))
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["op"], row["case"], row["dtype"], row.get("mode", "")
+
+
+def _mebibytes(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**20:.0f}"
+
+
+def _training(results: Results) -> str:
+    rows = results.rows("training")
+    base = {r["dtype"]: r["losses"] for r in rows if r["provider"] == "torch"}
+    made = []
+    for r in rows:
+        theirs = base.get(r["dtype"])
+        away = (
+            max(abs(a - b) / b for a, b in zip(r["losses"], theirs, strict=True))
+            if theirs
+            else None
+        )
+        made.append(
+            (
+                r["provider"],
+                r["dtype"],
+                f"{r['batch']} x {r['context']}",
+                f"{1e3 * r['seconds']:.4g}",
+                f"{r['tokens_per_second']:.0f}",
+                _mebibytes(r["peak_bytes"]),
+                f"{r['losses'][0]:.4f}",
+                f"{r['losses'][-1]:.4f}",
+                away,
+            )
+        )
+    heads = ("GPT-2 124M", "dtype", "batch", "ms a step", "tokens/s", "peak MiB")
+    return table((*heads, "first loss", "last loss", "furthest from torch's"), made)
+
+
+def _suite(results: Results) -> str:
+    rows = []
+    for file in results.files("suite"):
+        counts = {name: 0 for name in ("passed", "failed", "skipped")}
+        for row in file["rows"]:
+            counts[row["outcome"]] += 1
+        rows.append((file["part"], file["facts"].get("collected"), *counts.values()))
+    return table(("tests marked gpu", "collected", "passed", "failed", "skipped"), rows)
+
+
+def _repeats(results: Results) -> str:
+    rows = [
+        (r["op"], r["case"], r["dtype"], r["times"], r["different"])
+        for r in results.rows("repeats")
+    ]
+    return table(("repeats", "case", "dtype", "calls", "with other bits"), rows)
+
+
+def _sanitizer(results: Results) -> str:
+    rows = [(r["tool"], r["op"], r["faults"], r["why"][-200:]) for r in results.rows("sanitizer")]
+    notes = [
+        f"{file['part']}: {name} {words}."
+        for file in results.files("sanitizer")
+        for name, words in file["facts"].items()
+    ]
+    return "\n\n".join(filter(None, [table(("tool", "op", "faults", ""), rows), *notes]))
+
+
+def _extension(results: Results) -> str:
+    rows = [("built" if r["built"] else "not built", r["why"]) for r in results.rows("extension")]
+    return table(("C++ extension (no GPU kernel is in it)", ""), rows)
+
+
+def _titled(title: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
+    def section(results: Results) -> str:
+        body = make(results)
+        mark = " (dry run: no measurement)" if results.dry else ""
+        return f"## {title}{mark}\n\n{body}" if body else ""
+
+    return section
+
+
+SECTIONS = (
+    _titled("Benchmarks", _benchmarks),
+    _titled("Training", _training),
+    _titled("Equivalence at GPT-2's sizes", _equivalence),
+    _titled("Tests", _suite),
+    _titled("Repeats", _repeats),
+    _titled("Sanitizer", _sanitizer),
+    _titled("Environment", _environment),
+    _titled("Extension", _extension),
+)
