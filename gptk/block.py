@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import once_differentiable, outside_autocast, parameter, readable
+from gptk.ops.tensors import once_differentiable, outside_autocast, parameter, readable
 
 OPS = ("layer_norm", "linear", "attention", "mlp")
 

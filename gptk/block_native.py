@@ -24,9 +24,10 @@ from gptk.native import (
     threads,
     workspace,
 )
-from gptk.ops.contract import kernels_of, once_differentiable, outside_autocast, readable
+from gptk.ops.contract import kernels_of
 from gptk.ops.cpp_epilogue import own
 from gptk.ops.cpp_product import owns
+from gptk.ops.tensors import once_differentiable, outside_autocast, readable
 
 NORMS, MATRICES, BIASES = (0, 1, 6, 7), (2, 4, 8, 10), (3, 5, 9, 11)
 """Places of a block's parameters: w1 b1 w_qkv b_qkv w_o b_o w2 b2 w_fc b_fc w_p b_p."""

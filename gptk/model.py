@@ -14,7 +14,8 @@ from gptk import block_native
 from gptk.block import OPS, BlockFunction, Plan, decode, parameter_sizes
 from gptk.functional import dropout, linear, linear_cross_entropy
 from gptk.nn import MLP, CausalSelfAttention, KVCache, LayerNorm
-from gptk.ops.contract import addressable, autocast_dtype, kernels_of, tracing, transformed
+from gptk.ops.contract import kernels_of, transformed
+from gptk.ops.tensors import addressable, autocast_dtype, tracing
 from gptk.random import Seed, check_probability, derive_seed, draw_seed
 
 

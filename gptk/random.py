@@ -13,7 +13,7 @@ draws the same words; nothing is stored.
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import tracing
+from gptk.ops.tensors import tracing
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key

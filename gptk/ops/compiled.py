@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import outside_autocast, refuse_double_backward
+from gptk.ops.tensors import outside_autocast, refuse_double_backward
 
 Gradients = Callable[[Sequence[Tensor | None], Sequence[Any], list[bool]], Sequence[Tensor | None]]
 

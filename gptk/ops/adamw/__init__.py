@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gptk.ops.contract import check_addresses, is_reference, readable, resolve
+from gptk.ops.contract import is_reference, resolve
+from gptk.ops.tensors import check_addresses, readable
 from gptk.random import draw_seed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,14 +10,12 @@ from torch import Tensor
 from gptk.ops.attention import compiled
 from gptk.ops.attention.compiled import last_dim_dense
 from gptk.ops.attention.ranges import Ranges, offsets, ranges
-from gptk.ops.contract import (
+from gptk.ops.contract import backend_of, is_reference, resolve
+from gptk.ops.tensors import (
     addressable,
     autocast_dtype,
-    backend_of,
-    is_reference,
     once_differentiable,
     outside_autocast,
-    resolve,
     tracing,
 )
 from gptk.random import Seed, check_probability, draw_seed, seed_tensor

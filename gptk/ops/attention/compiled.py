@@ -7,7 +7,8 @@ from torch import Tensor
 
 from gptk.ops.attention.ranges import Ranges
 from gptk.ops.compiled import accumulation, custom_op, differentiable, needed
-from gptk.ops.contract import implementation, readable
+from gptk.ops.contract import implementation
+from gptk.ops.tensors import readable
 
 
 def last_dim_dense(t: Tensor) -> Tensor:

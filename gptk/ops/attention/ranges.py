@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import addressable
+from gptk.ops.tensors import addressable
 
 Offsets = tuple[Tensor, Tensor]
 """(cu_q, cu_k), int64, (documents + 1,): each rises from 0 to its side's length."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptk.ops.attention.triton_softmax import softmax_step
+from gptk.ops.attention.triton_softmax import signed, softmax_step, unfolded
 from gptk.ops.attention.triton_tiles import (
     divisor,
     edge,
@@ -27,7 +27,7 @@ from gptk.ops.attention.triton_tiles import (
     without_keys,
 )
 from gptk.ops.philox_triton import philox_key
-from gptk.ops.triton_launch import ACC, dropout_arguments, launch, narrow, split_seed
+from gptk.ops.triton_launch import ACC, dropout_arguments, exp, launch, narrow, split_seed
 
 FEW_QUERIES = 16
 PROGRAMS = 256  # about two for each multiprocessor of the largest GPUs
@@ -123,7 +123,7 @@ def _attention_part_kernel(
     row = (b * H + kv * GROUP) * Tq + r
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     v_ptr += b * v_strides[0] + kv * v_strides[1]
-    factor = tl.full((), scale, ACC)
+    q, factor = signed(q, scale, ACC)
     key_low, key_high = 0, 0
     if HAS_DROPOUT:
         key_low, key_high = philox_key(seed_low, seed_high)
@@ -166,7 +166,7 @@ def _attention_part_kernel(
             acc = mark_bad(acc, v, seen)
 
     place = part * rows + row
-    tl.store(top_ptr + place, top, mask=present)
+    tl.store(top_ptr + place, unfolded(top, factor, q.dtype), mask=present)
     tl.store(norm_ptr + place, norm, mask=present)
     at = acc_ptr + place[:, None] * DV + value_column[None, :]
     tl.store(at, acc, mask=present[:, None] & (value_column < DV)[None, :])
@@ -203,7 +203,7 @@ def _attention_join_kernel(
     accs = tl.load(at, mask=there[:, None] & (column < DV)[None, :], other=0.0)
     top = tl.max(tops, axis=0)
     safe_top = tl.where(top == float("-inf"), 0.0, top)  # a row without keys
-    shrink = tl.exp(tops - safe_top)
+    shrink = exp(tops - safe_top)
     norm = tl.sum(norms * shrink, axis=0)
     out = tl.sum(accs * shrink[:, None], axis=0)
     b, h, query = row // Tq // H, row // Tq % H, row % Tq

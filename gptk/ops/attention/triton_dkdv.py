@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gptk.ops.attention.triton_softmax import exponents, power
 from gptk.ops.attention.triton_tiles import (
     finite_or_zero,
     has_bad,
@@ -81,16 +82,18 @@ def _dkdv_tile(
     dout = load_tile(dout_ptr, start, dout_stride, Tq, DV, BLOCK_Q, BLOCK_DV, MASKED)
     lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0)
     delta = tl.load(delta_ptr + row, mask=query < Tq, other=0.0)
-    s = dot(k, tl.trans(q), zero) * factor
+    s = dot(k, tl.trans(q), zero)
     dp = dot(v, tl.trans(dout), zero)
     if MASKED:
         if HAS_RANGES:
             seen = within(low[:, None], high[:, None], query[None, :])
         else:
             seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
-        s = tl.where(seen, s, float("-inf"))
         lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
-    p = tl.exp(s - lse[None, :])
+    exponent = exponents(s, lse[None, :], factor, q.dtype)
+    if MASKED:
+        exponent = tl.where(seen, exponent, float("-inf"))
+    p = power(exponent, q.dtype)
     if MASKED:
         p = tl.where(seen, p, 0.0)
     p_dropped = p

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gptk.ops.attention.triton_softmax import exponents, power
 from gptk.ops.attention.triton_tiles import (
     edge,
     finite_or_zero,
@@ -96,7 +97,7 @@ def _dq_tile(
     zero = tl.zeros((BLOCK_Q, BLOCK_K), dq.dtype)
     k = load_tile(k_ptr, start, k_stride, Tk, D, BLOCK_K, BLOCK_D, MASKED)
     v = load_tile(v_ptr, start, v_stride, Tk, DV, BLOCK_K, BLOCK_DV, MASKED)
-    s = dot(q, tl.trans(k), zero) * factor
+    exponent = exponents(dot(q, tl.trans(k), zero), lse[:, None], factor, q.dtype)
     dp = dot(dout, tl.trans(v), zero)
     if HAS_DROPOUT:
         keep = keep_tile(key_low, key_high, row, start, threshold, BLOCK_K)
@@ -107,8 +108,8 @@ def _dq_tile(
             seen = within(low[:, None], high[:, None], key[None, :])
         else:
             seen = sees(query[:, None], key[None, :], Tq, Tk, window, CAUSAL, HAS_WINDOW)
-        s = tl.where(seen, s, float("-inf"))
-    ds = tl.exp(s - lse[:, None]) * (dp - delta[:, None])
+        exponent = tl.where(seen, exponent, float("-inf"))
+    ds = power(exponent, q.dtype) * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
         # a row that sees a NaN in k has ds = NaN: zeros in its place lose nothing

@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from gptk.ops.contract import (
+from gptk.ops.contract import backend_of, is_reference, resolve, transformed
+from gptk.ops.cross_entropy import compiled
+from gptk.ops.cross_entropy.compiled import dense_rows, gradient_of_rows, reduce
+from gptk.ops.tensors import (
     addressable,
     autocast_dtype,
-    backend_of,
-    is_reference,
     once_differentiable,
     outside_autocast,
     readable,
-    resolve,
-    transformed,
 )
-from gptk.ops.cross_entropy import compiled
-from gptk.ops.cross_entropy.compiled import dense_rows, gradient_of_rows, reduce
 
 
 def cross_entropy(

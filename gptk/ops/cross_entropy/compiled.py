@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from gptk.ops.compiled import accumulation, custom_op, differentiable, nothing
-from gptk.ops.contract import implementation, readable
+from gptk.ops.contract import implementation
+from gptk.ops.tensors import readable
 
 
 def reduce(

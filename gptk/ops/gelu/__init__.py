@@ -6,16 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import (
-    addressable,
-    backend_of,
-    is_reference,
-    once_differentiable,
-    outside_autocast,
-    readable,
-    resolve,
-)
+from gptk.ops.contract import backend_of, is_reference, resolve
 from gptk.ops.gelu import compiled
+from gptk.ops.tensors import addressable, once_differentiable, outside_autocast, readable
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from gptk.ops.compiled import custom_op, differentiable
-from gptk.ops.contract import implementation, readable
+from gptk.ops.contract import implementation
+from gptk.ops.tensors import readable
 
 
 def gelu(input: Tensor, approximate: str, backend: str) -> Tensor:

@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import (
+from gptk.ops.contract import backend_of, is_reference, resolve
+from gptk.ops.layer_norm import compiled
+from gptk.ops.layer_norm.compiled import gradient_weight
+from gptk.ops.tensors import (
     addressable,
     autocast_dtype,
-    backend_of,
-    is_reference,
     once_differentiable,
     outside_autocast,
     readable,
-    resolve,
 )
-from gptk.ops.layer_norm import compiled
-from gptk.ops.layer_norm.compiled import gradient_weight
 from gptk.random import Seed, check_probability, draw_seed, seed_tensor
 
 

@@ -16,7 +16,8 @@ from gptk.ops.compiled import (
     nothing,
     spread,
 )
-from gptk.ops.contract import implementation, readable
+from gptk.ops.contract import implementation
+from gptk.ops.tensors import readable
 
 
 def gradient_weight(

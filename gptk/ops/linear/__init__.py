@@ -6,18 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptk.ops.contract import (
+from gptk.ops.contract import backend_of, is_reference, resolve
+from gptk.ops.linear import compiled
+from gptk.ops.tensors import (
     addressable,
     autocast_dtype,
-    backend_of,
-    is_reference,
     once_differentiable,
     outside_autocast,
     parameter,
     readable,
-    resolve,
 )
-from gptk.ops.linear import compiled
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from gptk.ops.contract import (
-    addressable,
-    autocast_dtype,
     backend_of,
     constant_when_traced,
     implementation,
     is_reference,
-    once_differentiable,
-    outside_autocast,
-    readable,
     resolve,
 )
 from gptk.ops.cross_entropy import as_class_ids, check_reduction, check_targets, check_terms
@@ -24,6 +19,13 @@ from gptk.ops.cross_entropy.compiled import reduce
 from gptk.ops.linear import check_product
 from gptk.ops.linear_cross_entropy import compiled
 from gptk.ops.linear_cross_entropy.compiled import as_read, known_gradient_of_rows
+from gptk.ops.tensors import (
+    addressable,
+    autocast_dtype,
+    once_differentiable,
+    outside_autocast,
+    readable,
+)
 
 
 def linear_cross_entropy(

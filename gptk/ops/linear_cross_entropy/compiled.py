@@ -15,8 +15,9 @@ from gptk.ops.compiled import (
     needed,
     nothing,
 )
-from gptk.ops.contract import implementation, parameter, readable
+from gptk.ops.contract import implementation
 from gptk.ops.cross_entropy.compiled import gradient_of_rows, reduce
+from gptk.ops.tensors import parameter, readable
 
 
 def as_read(

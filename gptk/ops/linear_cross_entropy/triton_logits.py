@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gptk.ops.cross_entropy.triton_impl import capped
-from gptk.ops.triton_launch import architecture, dot, launch, narrow, widen
+from gptk.ops.triton_launch import architecture, dot, exp, launch, narrow, widen
 from gptk.ops.tuning import tuned
 
 
@@ -147,7 +147,7 @@ def _logits_forward_kernel(
     shift = tl.where(top == -float("inf"), 0.0, top)[:, None]  # -inf - -inf would be NaN
     at = tile_v.to(tl.int64) * N + row
     tl.store(top_ptr + at, top, mask=row < N)
-    tl.store(total_ptr + at, tl.sum(tl.exp(z - shift), 1), mask=row < N)
+    tl.store(total_ptr + at, tl.sum(exp(z - shift), 1), mask=row < N)
     if HAS_SMOOTHING:
         spread = tl.sum(tl.where(inside, z - shift, 0.0), 1)
         tl.store(spread_ptr + at, spread, mask=row < N)
@@ -189,8 +189,8 @@ def _loss_kernel(
         top = tl.load(top_ptr + at, mask=inside, other=-float("inf"))
         grown = tl.maximum(m, tl.max(top, 0))
         shift = tl.where(grown == -float("inf"), 0.0, grown)
-        part = tl.load(total_ptr + at, mask=inside, other=0.0) * tl.exp(top - shift[None, :])
-        total = total * tl.exp(m - shift) + tl.sum(part, 0)
+        part = tl.load(total_ptr + at, mask=inside, other=0.0) * exp(top - shift[None, :])
+        total = total * exp(m - shift) + tl.sum(part, 0)
         if HAS_SMOOTHING:
             classes = tl.minimum(V - tile * TILE_V, TILE_V).to(tl.float32)
             above = tl.where(top == -float("inf"), 0.0, top) - pivot[None, :]
@@ -255,7 +255,7 @@ def _logits_backward_kernel(
     own_class = tl.where(valid, target, -1).to(tl.int32)
     on = tl.full((), on_weight, tl.float64).to(tl.float32)
     off = tl.full((), off_weight, tl.float64).to(tl.float32)
-    p = tl.exp(z - lse[:, None])
+    p = exp(z - lse[:, None])
     dz = (p - tl.where(column[None, :] == own_class[:, None], on, 0.0)) - off
     if HAS_Z_LOSS:  # d (z_loss lse^2) / d lse
         dz += (2.0 * tl.full((), z_loss, tl.float64).to(tl.float32) * lse)[:, None] * p

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gptk.ops.compiled import custom_op, differentiable, dtype_of, needed
-from gptk.ops.contract import implementation, parameter, readable
+from gptk.ops.contract import implementation
+from gptk.ops.tensors import parameter, readable
 
 
 def mlp(
