@@ -12,6 +12,9 @@ GPU_PYTHON ?= python3
 GPU_MINUTES ?= 9
 GPU_ARGS ?=
 TRITON_TESTS ?= tests/ops tests/test_equivalence.py
+# what CI runs of them in one older version: every combination of flags, and the smaller ops in full
+TRITON_SAMPLE := $(patsubst %,tests/ops/test_%.py,flags_triton triton_launch gelu_triton \
+	linear_mlp_triton adamw_triton)
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +32,7 @@ SAY_WHAT_IS_MISSING = $(BIN)/python -c 'import gptk.native; \
 	reason = gptk.native.available(); reason and print("Note:", reason)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench aot test-triton gpu clean FORCE
+.PHONY: help train test lint bench aot test-triton test-triton-sample gpu clean FORCE
 
 help:
 	@echo 'make train   train the default model on this machine, then print a sample; TRAIN_ARGS= adds flags'
@@ -57,9 +60,12 @@ test-triton: $(VENV)/.installed-dev
 	  test -d build/triton-$$version/triton || $(BIN)/python -m pip install -qq \
 	    --disable-pip-version-check --no-deps --target build/triton-$$version triton==$$version 'numpy<2.4' || exit 1; \
 	  echo "triton $$version"; \
-	  PYTHONPATH=$(CURDIR)/build/triton-$$version OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  GPTK_TEST_TRITON=$$version PYTHONPATH=$(CURDIR)/build/triton-$$version OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest \
 	    -q -n $(WORKERS) -k 'triton and not compiles' $(TRITON_TESTS) $(TEST_ARGS) || exit 1; \
 	done
+
+test-triton-sample:
+	@$(MAKE) --no-print-directory test-triton TRITON_VERSIONS=3.6.0 TRITON_TESTS='$(TRITON_SAMPLE)'
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Test set-up: Triton's interpreter where there is no GPU, NaN in fresh memory, shared paths."""
 
+import importlib.util
 import os
 
 import torch
@@ -38,6 +39,26 @@ def pytest_configure(config: pytest.Config) -> None:
     """The marks of plugins that may be absent."""
     for mark in ("timeout", "benchmark"):
         config.addinivalue_line("markers", f"{mark}: needs pytest-{mark}")
+    check_triton(config)
+
+
+def check_triton(config: pytest.Config) -> None:
+    """What the tests need in other versions of Triton than the pinned one."""
+    wanted = os.environ.get("GPTK_TEST_TRITON")  # set by `make test-triton`
+    if importlib.util.find_spec("triton") is None:
+        if wanted:
+            raise pytest.UsageError(f"triton {wanted} is wanted and none is installed")
+        return
+    import triton
+
+    if wanted not in (None, triton.__version__):
+        raise pytest.UsageError(f"triton {wanted} is wanted, {triton.__file__} is another")
+    if triton.__version__.startswith("3.6."):
+        # its interpreter makes numbers of arrays of one element; 3.7 says which element
+        config.addinivalue_line(
+            "filterwarnings",
+            "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning",
+        )
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

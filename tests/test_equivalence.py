@@ -310,7 +310,8 @@ def adamw_after(values, backend):
     norm, _ = adamw_(**copies, backend=backend)
     assert [int(t) for t in copies["step"]] == [int(t) + 1 for t in values["step"]]
     if norm is not None:  # n squares and their sum: each rounded once, in any order
-        exact = torch.cat([g.double().flatten() for g in values["grads"]])
+        scale = 1.0 if values.get("grad_scale") is None else float(values["grad_scale"])
+        exact = torch.cat([g.double().flatten() for g in values["grads"]]) / scale
         assert abs(norm - exact.norm()) <= (exact.numel() + 2) * 2.0**-52 * exact.norm()
     copies["kept"] = copies["masters"] or copies["params"]
     names = ("kept", "params", "exp_avgs", "exp_avg_sqs")

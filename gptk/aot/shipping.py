@@ -136,6 +136,9 @@ def _cross_entropy() -> Named:
                 f"cross_entropy V {V} {SHORT[dtype]}",
                 partial(_class_loss, V, dtype, 0.0, None, 0.0),
             )
+        if V == 50304:
+            softcap = partial(_class_loss, V, torch.bfloat16, 0.0, 30.0, 0.0)
+            yield f"cross_entropy V {V} softcap bf16", softcap
         name = f"cross_entropy V {V} smoothing, softcap, z-loss bf16"
         yield name, partial(_class_loss, V, torch.bfloat16, 0.1, 30.0, 1e-4)
     yield "linear_cross_entropy V 50304 fp32", partial(_linear_loss, 768, torch.float32, PLAIN)

@@ -55,10 +55,10 @@ def test_one_part_of_a_few_keys(Tk, monkeypatch, split_calls):
     assert len(split_calls) == 3
 
 
-@pytest.mark.parametrize("H, Hkv", [(2, 2), (3, 1), (6, 2), (8, 1), (16, 2)])
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (3, 1), (6, 2), (8, 1)])
 @pytest.mark.parametrize("Tq", [1, 5])
 def test_groups_share_their_keys(H, Hkv, Tq, split_calls):
-    check(2, H, Hkv, Tq, 70, 8, 16, p=0.2)
+    check(2, H, Hkv, Tq, 40, 8, 16, p=0.2)
     assert split_calls
 
 

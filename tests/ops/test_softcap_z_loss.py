@@ -125,7 +125,7 @@ def test_logits_of_1e4_with_a_z_loss(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
 def test_the_cap_and_its_slope_are_relatively_accurate(dtype, kernel):
     """Rows of one class: lse is the capped logit, and the slope is dlogits / (2 z_loss lse)."""
-    x = torch.cat([torch.logspace(-30, 1.5, 60), torch.linspace(0.3, 1.0, 60)]).double()
+    x = torch.cat([torch.logspace(-30, 1.5, 30), torch.linspace(0.3, 1.0, 30)]).double()
     x[::2] *= -1
     softcap, z_loss = 30.0, 2.0**19
     logits = guarded((softcap * x)[:, None].to(dtype))

@@ -97,6 +97,7 @@ def _attention_part_kernel(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # scale is
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,7 +124,7 @@ def _attention_part_kernel(
     row = (b * H + kv * GROUP) * Tq + r
     k_ptr += b * k_strides[0] + kv * k_strides[1]
     v_ptr += b * v_strides[0] + kv * v_strides[1]
-    q, factor = signed(q, scale, ACC)
+    q, factor = signed(q, scale, NEGATIVE, ACC)
     key_low, key_high = 0, 0
     if HAS_DROPOUT:
         key_low, key_high = philox_key(seed_low, seed_high)
@@ -272,6 +273,7 @@ def forward(
         CAUSAL=causal,
         HAS_WINDOW=window is not None,
         HAS_DROPOUT=dropout_p > 0.0,
+        NEGATIVE=scale < 0.0,
         BLOCK_R=block_r,
         BLOCK_K=block_k,
         BLOCK_D=max(16, triton.next_power_of_2(D)),

@@ -52,12 +52,6 @@ def launch_config(D: int, dtype: torch.dtype, kind: str, arch: int) -> tuple[int
     return tuned("attention", "forward", arch, 8 * dtype.itemsize, D, kind)
 
 
-def limits(config: tuple[int, ...], kind: str, arch: int) -> dict[str, int]:
-    """What a launch adds to its configuration: of this one, two blocks fit a multiprocessor of
-    sm_90 with 128 registers for a thread, and the compiler takes 134 of itself."""
-    return {"maxnreg": 128} if (config, kind, arch) == ((128, 64, 8, 3), "plain", 90) else {}
-
-
 @triton.jit(do_not_specialize=["H", "Tq", "Tk", "window", "seed_low", "seed_high"])
 def _attention_forward_kernel(
     out_ptr,  # (B, H, Tq, DV)
@@ -87,6 +81,7 @@ def _attention_forward_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_RANGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # scale is
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,7 +102,7 @@ def _attention_forward_kernel(
     v_ptr += b * v_strides[0] + h // GROUP * v_strides[1]
     q_ptr += b * q_strides[0] + h * q_strides[1]
     q = load_tile(q_ptr, start_q, q_strides[2], Tq, D, BLOCK_Q, BLOCK_D, True)
-    q, factor = signed(q, scale, ACC)
+    q, factor = signed(q, scale, NEGATIVE, ACC)
     key_low, key_high = 0, 0
     if HAS_DROPOUT:
         key_low, key_high = philox_key(seed_low, seed_high)
@@ -194,9 +189,9 @@ def forward(
     strides = (Tq * H * DV, DV, H * DV, 1)
     out = torch.empty_strided((B, H, Tq, DV), strides, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
-    kind, arch = kind_of(dropout_p, ranges), architecture(q.device)
-    config = launch_config(max(D, DV), q.dtype, kind, arch)
-    block_q, block_k, num_warps, num_stages = config
+    block_q, block_k, num_warps, num_stages = launch_config(
+        max(D, DV), q.dtype, kind_of(dropout_p, ranges), architecture(q.device)
+    )
     launch(
         _attention_forward_kernel,
         (triton.cdiv(Tq, block_q) * B * H,),
@@ -222,12 +217,12 @@ def forward(
         HAS_WINDOW=window is not None and ranges is None,
         HAS_RANGES=ranges is not None,
         HAS_DROPOUT=dropout_p > 0.0,
+        NEGATIVE=scale < 0.0,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_DV=max(16, triton.next_power_of_2(DV)),
         num_warps=num_warps,
         num_stages=num_stages,
-        **limits(config, kind, arch),
     )
     return out, lse

@@ -28,12 +28,12 @@ def folds(dtype):
 
 
 @triton.jit
-def signed(q, scale: tl.float64, ACC: tl.constexpr):
+def signed(q, scale: tl.float64, NEGATIVE: tl.constexpr, ACC: tl.constexpr):
     """(q, factor): q times scale's sign where scores are held without the scale, and its size, so
     that the largest score is that of the largest product."""
     factor = tl.full((), scale, ACC)
     if folds(q.dtype):
-        if factor < 0:
+        if NEGATIVE:
             q = narrow(-widen(q, ACC), q.dtype)
         factor = tl.maximum(tl.abs(factor), 1e-37)  # 0 * -inf would be NaN
     return q, factor

@@ -41,9 +41,9 @@ def unsupported(
     return why_not(device_type)
 
 
-def launch_config(V: int) -> dict[str, int]:
-    """Columns per step and warps for rows of V."""
-    block_v = min(4096, max(32, triton.next_power_of_2(V)))
+def launch_config(V: int, has_softcap: bool = False) -> dict[str, int]:
+    """Columns per step and warps for rows of V; a softcap takes registers."""
+    block_v = min(2048 if has_softcap else 4096, max(32, triton.next_power_of_2(V)))
     return {"BLOCK_V": block_v, "num_warps": 4 if block_v <= 1024 else 8}
 
 
@@ -52,7 +52,9 @@ def _config(kernel: str, logits: Tensor, softcap: float | None) -> dict[str, int
     V = logits.shape[1]
     kind = "plain" if softcap is None else "softcap"
     own = user_row(kernel, architecture(logits.device), 8 * logits.element_size(), V, kind)
-    return launch_config(V) if own is None else {"BLOCK_V": own[0], "num_warps": own[1]}
+    if own is None:
+        return launch_config(V, softcap is not None)
+    return {"BLOCK_V": own[0], "num_warps": own[1]}
 
 
 @triton.jit
