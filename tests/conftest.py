@@ -9,7 +9,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 os.environ["GPTK_TUNING"] = ""  # what ships is tested, not what was measured on this machine
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
