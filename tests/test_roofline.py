@@ -284,7 +284,7 @@ def test_every_kernel_is_counted_but_those_of_single_numbers(stored):
 def test_every_outlier_is_explained_and_every_explanation_is_needed(stored):
     rows = roofline.counted(stored)
     unknown = [
-        f"{row['case']}, {row['kernel']}: {of} x {row[f'{of}_ratio']}"
+        f"{row['case']}, {row['kernel']}: {of} {row.get(f'{of}_ratio', row['at_most'])}"
         for row, of in findings.outliers(rows)
         if findings.finding(row, of) is None
     ]

@@ -219,14 +219,22 @@ def test_by_descriptors_and_by_addresses_give_the_same_bits(monkeypatch, dtype, 
         assert torch.equal(by_address, by_descriptor)
 
 
-@pytest.mark.parametrize("C", [3, 12])
-def test_rows_that_are_no_multiple_of_16_bytes_go_by_address(monkeypatch, C):
+@pytest.mark.usefixtures("small")
+def test_rows_that_are_no_multiple_of_16_bytes_are_copied(monkeypatch):
+    """As what a descriptor reads: 3 columns become 8, and a beginning 2 bytes past 16 moves."""
     monkeypatch.setattr(triton_logits, "architecture", lambda device: 90)
-    x, w = randn(4, C, dtype=torch.bfloat16), randn(5, C, dtype=torch.bfloat16)
-    assert not triton_logits._operands(x, w, "forward", PLAIN)[1]["BY_DESCRIPTOR"]
-    wide = randn(9, 16, dtype=torch.bfloat16).flatten()
-    x, w = wide[1:65].view(4, 16), wide[:64].view(4, 16)  # x begins 2 bytes past 16
-    assert not triton_logits._operands(x, w, "forward", PLAIN)[1]["BY_DESCRIPTOR"]
+    for columns, want in ((3, 8), (8, 8), (12, 16)):
+        matrix = randn(5, columns, dtype=torch.bfloat16)
+        copy = triton_logits.in_sixteens(matrix)
+        assert copy.shape == (5, want)
+        assert torch.equal(copy[:, :columns], matrix)
+        assert (copy[:, columns:] == 0).all()
+        assert (copy is matrix) == (columns == want)
+    shifted = randn(65, dtype=torch.bfloat16)[1:].view(8, 8)
+    assert triton_logits.in_sixteens(shifted).data_ptr() % 16 == 0
+    w, target = randn(40, 8, dtype=torch.bfloat16), torch.arange(8, device=DEVICE)
+    loss, _ = fused.forward(shifted, w, None, target, -100, 0.0)
+    assert torch.equal(loss, fused.forward(shifted.clone(), w, None, target, -100, 0.0)[0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -20,7 +20,12 @@ from torch import Tensor
 from gptk.ops.gelu.triton_impl import unsupported as unsupported
 from gptk.ops.linear.triton_impl import product, sum_partials
 from gptk.ops.linear_cross_entropy import triton_chunks
-from gptk.ops.linear_cross_entropy.triton_logits import Terms, logit_gradients, losses
+from gptk.ops.linear_cross_entropy.triton_logits import (
+    Terms,
+    in_sixteens,
+    logit_gradients,
+    losses,
+)
 
 ROWS = 2**16
 """Rows whose three numbers per tile of classes exist at once."""
@@ -49,6 +54,7 @@ def forward(
         return triton_chunks.forward(x, weight, bias, target, terms)
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     lse = torch.empty_like(loss)
+    x, weight = in_sixteens(x), in_sixteens(weight)
     for first in range(0, x.shape[0], ROWS):
         rows = slice(first, first + ROWS)
         losses(loss[rows], lse[rows], x[rows], weight, bias, target[rows], terms)
@@ -80,6 +86,7 @@ def backward(
     dx: Tensor | None = None
     dweight = weight.new_empty(weight.shape, dtype=weight_dtype) if need_dweight else None
     dbias = None if bias_dtype is None or not need_dbias else weight.new_empty(V, dtype=bias_dtype)
+    operands = in_sixteens(x), in_sixteens(weight)
     step = chunk_classes(N, V)
     # rows that begin at multiples of 16 bytes: wide stores, and products by tensor cores
     buffer = x.new_empty((N, triton.cdiv(step, 16) * 16))
@@ -87,7 +94,7 @@ def backward(
         classes = slice(first, min(first + step, V))
         dlogits = buffer[:, : classes.stop - first]
         sums = logit_gradients(
-            dlogits, dloss, lse, x, weight, bias, target, classes, terms, need_dbias
+            dlogits, dloss, lse, *operands, bias, target, classes, terms, need_dbias
         )
         if need_dx:
             dx = product(dlogits, weight[classes], torch.float32, dx)

@@ -6,8 +6,8 @@ linear_cross_entropy wants of a tile while it is still in registers.
 
 A program owns BLOCK_M rows and BLOCK_V classes and runs over C; programs that follow each other
 share classes and, in groups of `group` tiles, rows, so that both operands come from the L2 cache.
-From compute capability 9.0 on the operands come by tensor descriptors (TMA) where the rows are a
-multiple of 16 bytes: no addresses and no masks are computed in the loop.
+Operands have rows of a multiple of 16 bytes (`in_sixteens`). From compute capability 9.0 on they
+come by tensor descriptors (TMA): no addresses and no masks are computed in the loop.
 """
 
 from typing import Any, NamedTuple
@@ -273,15 +273,25 @@ def _logits_backward_kernel(
         tl.store(partial_ptr + at, tl.sum(dz, 0), mask=column < V)
 
 
+def in_sixteens(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy with zeros to the right, whose rows all begin at multiples of 16 bytes:
+    what wide loads and descriptors need."""
+    rows, columns = matrix.shape
+    step = 16 // matrix.element_size()
+    if columns % step == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    copy = matrix.new_zeros((rows, triton.cdiv(columns, step) * step))
+    copy[:, :columns] = matrix
+    return copy
+
+
 def _operands(
     x: Tensor, weight: Tensor, pass_: str, terms: Terms
 ) -> tuple[tuple[Any, Any], dict[str, Any], dict[str, int]]:
     """((x, weight) as the kernel takes them, its flags, its tile)."""
     C = x.shape[1]
     arch = architecture(x.device)
-    aligned = C * x.element_size() % 16 == 0
-    aligned = aligned and (x.data_ptr() | weight.data_ptr()) % 16 == 0
-    by_descriptor = arch >= 90 and aligned
+    by_descriptor = arch >= 90
     block_m, block_v, block_c, warps, stages = launch_config(
         pass_, arch, by_descriptor, terms.softcap is not None
     )
@@ -310,7 +320,8 @@ def losses(
     target: Tensor,
     terms: Terms,
 ) -> None:
-    """Write loss and lse (N,) float32 for x (N, C), weight (V, C), bias (V,), target (N,)."""
+    """Write loss and lse (N,) float32 for x (N, C), weight (V, C), both in_sixteens, bias (V,),
+    target (N,)."""
     (N, C), V = x.shape, weight.shape[0]
     operands, flags, tile = _operands(x, weight, "forward", terms)
     tiles = triton.cdiv(V, tile["BLOCK_V"])
@@ -382,8 +393,8 @@ def logit_gradients(
     """Write dlogits (N, classes) in x's dtype; return the sums over tiles of rows of what is not
     rounded yet, (tiles, classes) float32, if need_dbias.
 
-    The last stride of dlogits is 1; its rows are written to their ends, as the first stride has
-    them.
+    x and weight are in_sixteens. The last stride of dlogits is 1; its rows are written to their
+    ends, as the first stride has them.
     """
     (N, C), V = x.shape, weight.shape[0]
     operands, flags, tile = _operands(x, weight, "backward", terms)
