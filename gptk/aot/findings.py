@@ -97,9 +97,9 @@ FINDINGS = (
         "attention_forward_kernel",
         "bound",
         "D 64 ",
-        "10 instructions for a score (a multiply-add and MUFU for its exponential, the largest, the "
-        "sum, the conversion) against 256 operations of its products: MUFU alone takes as long as "
-        "these",
+        "10 instructions for a score (a multiply-add and MUFU for its exponential, the largest, "
+        "the sum, the conversion) against 256 operations of its products: MUFU alone takes as "
+        "long as these",
     ),
     Finding(
         "attention_join_kernel",

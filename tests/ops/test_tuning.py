@@ -22,9 +22,10 @@ def test_the_table_is_well_formed(op):
     seen = set()
     for kernel, row in rows(op):
         assert set(row) == {"arch", "bits", "size", "kinds", "config"}
-        block_q, block_k, warps, stages = row["config"]
-        for block in (block_q, block_k):
-            assert 16 <= block <= 128
+        *blocks, warps, stages = row["config"]
+        assert len(blocks) == {"attention": 2, "linear_cross_entropy": 3}[op]
+        for block in blocks:
+            assert 16 <= block <= 256
             assert block & (block - 1) == 0
         assert warps in (4, 8)
         assert stages >= 1
@@ -43,6 +44,14 @@ def test_every_call_has_a_configuration(kernel):
                     assert len(tuned("attention", kernel, arch, bits, D, kind)) == 4
     with pytest.raises(LookupError, match="size 257"):
         tuned("attention", kernel, 90, 16, 257, "plain")
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_every_call_of_linear_cross_entropy_has_a_configuration(pass_):
+    for arch in (0, 75, 80, 86, 89, 90, 100, 103, 120):
+        for kind in ("descriptor",) if arch >= 90 else ("address",):
+            for more in ("", ", softcap"):
+                assert len(tuned("linear_cross_entropy", pass_, arch, 16, 0, kind + more)) == 5
 
 
 def test_the_nearest_row_is_taken(monkeypatch):
