@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from gptk.aot import roofline, summary, table
+from gptk.aot.cubin import CHIPS
 from gptk.flags import UsageError
 from gptk.ops.tuning_file import VARIABLE
 
@@ -20,7 +21,7 @@ STORED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "aot.j
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(prog="python -m gptk.aot", description=__doc__)
-    made.add_argument("--arch", type=int, action="append", choices=table.ARCHITECTURES)
+    made.add_argument("--arch", type=int, action="append", choices=CHIPS)
     made.add_argument("--case", default="", help="only cases whose names contain this")
     made.add_argument("--json", type=Path, help="store the table, its summary, the roofline")
     made.add_argument("--compare", type=Path, help="exit 1 where a kernel needs more than there")

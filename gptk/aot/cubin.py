@@ -29,8 +29,11 @@ CHIPS = {
     80: Chip(164 * 1024, 163 * 1024, 64, 32),
     90: Chip(228 * 1024, 227 * 1024, 64, 32),
     100: Chip(228 * 1024, 227 * 1024, 64, 32),
+    86: Chip(100 * 1024, 99 * 1024, 48, 16),
+    89: Chip(100 * 1024, 99 * 1024, 48, 24),
+    120: Chip(100 * 1024, 99 * 1024, 48, 24),
 }
-"""Compute capability -> its multiprocessor; A100, H100, B200."""
+"""Compute capability -> its multiprocessor: A100, H100, B200; GeForce RTX 30, 40 and 50."""
 
 TENSOR = {
     "wgmma": re.compile(r"[HIQB]?GMMA\b"),

@@ -2,8 +2,8 @@
 
 `gptk/ops/<op>/tuning.json` holds, per kernel, rows of arch, bits, size, kinds and config. A call
 takes the row with the same `bits` (of the inputs' dtype) and its kind (flags that cost registers),
-the largest `arch` (compute capability, 80 for 8.0) that is not above the GPU's, and then the
-smallest `size` that is not below its own. Other kernels ship with a function of the sizes.
+the `arch` (compute capability, 80 for 8.0) of the GPU's family, and then the smallest `size` that
+is not below its own. Other kernels ship with a function of the sizes.
 
 A row of the user's own file (tuning_file.py, `gptk tune`) for the same bucket of calls wins over
 what ships. The choice is a function of arch, dtype, sizes and that file alone, so the same call has
@@ -21,9 +21,15 @@ from gptk.ops import tuning_file
 from gptk.ops.tuning_file import Config, Key
 
 
+def family(arch: int) -> int:
+    """The compute capability whose rows are for a GPU: 90 for Hopper, 100 for Blackwell's data
+    center GPUs, and 80 for all others, whose tensor cores and shared memory are of that kind."""
+    return 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
+
+
 @functools.cache
 def tuned(op: str, kernel: str, arch: int, bits: int, size: int, kind: str) -> Config:
-    """The configuration for a call; arch 0 (the interpreter) takes the lowest there is.
+    """The configuration for a call; arch 0 is the interpreter.
 
     Raises:
         LookupError: no row has these bits and this kind for a size as large.
@@ -37,7 +43,7 @@ def tuned(op: str, kernel: str, arch: int, bits: int, size: int, kind: str) -> C
     if not rows:
         raise LookupError(f"{op}/tuning.json: no {kernel} for {bits} bits, size {size}, {kind}")
     known = {row["arch"] for row in rows}
-    best = max((a for a in known if a <= arch), default=min(known))
+    best = max((a for a in known if a <= family(arch)), default=min(known))
     row = min((row for row in rows if row["arch"] == best), key=lambda row: row["size"])
     name = f"{op}.{kernel}"
     own = user_row(name, arch, bits, size, kind) if name in tuning_file.KERNELS else None

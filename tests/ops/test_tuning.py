@@ -58,13 +58,14 @@ def test_the_nearest_row_is_taken(monkeypatch):
     def row(arch, size, config):
         return {"arch": arch, "bits": 16, "size": size, "kinds": ["plain"], "config": config}
 
-    table = {"forward": [row(80, 64, [1]), row(80, 256, [2]), row(90, 64, [3])]}
+    table = {"forward": [row(80, 64, [1]), row(80, 256, [2]), row(90, 64, [3]), row(100, 64, [4])]}
     monkeypatch.setattr(tuning, "_table", lambda op: table)
     tuned.cache_clear()
     try:
-        asked = [(80, 64), (80, 65), (86, 64), (90, 64), (90, 65), (120, 1), (0, 1), (75, 1)]
+        asked = [(80, 64), (80, 65), (86, 64), (90, 64), (90, 65), (0, 1), (75, 1)]
+        asked += [(100, 1), (103, 1), (120, 1), (121, 1)]
         found = [tuned("x", "forward", arch, 16, size, "plain") for arch, size in asked]
-        assert found == [(1,), (2,), (1,), (3,), (2,), (3,), (1,), (1,)]
+        assert found == [(c,) for c in (1, 2, 1, 3, 2, 1, 1, 4, 4, 1, 1)]
     finally:
         tuned.cache_clear()
 
