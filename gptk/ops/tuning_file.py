@@ -53,6 +53,17 @@ _LOSS = Kernel({"BLOCK_V": (32, 65536), **_WARPS}, ("plain", "softcap"), 262144)
 _GELU = Kernel({"BLOCK": (32, 65536), **_WARPS}, ("gelu", "gelu_tanh"), 0)
 # a program of linear's epilogue adds 64 rows: a higher tile would reach into the next one's
 _EPILOGUE = {"BLOCK_M": (1, 64), "BLOCK_N": (16, 4096), **_WARPS}
+_LOGITS = Kernel(
+    {
+        "BLOCK_M": (16, 256),
+        "BLOCK_V": (16, 256),
+        "BLOCK_C": (16, 128),
+        "num_warps": (1, 16),
+        "num_stages": (1, 8),
+    },
+    ("plain", "softcap"),
+    0,
+)
 
 KERNELS = {
     "attention.forward": _attention(),
@@ -64,6 +75,8 @@ KERNELS = {
     "cross_entropy.backward": _LOSS,
     "gelu.forward": _GELU,
     "gelu.backward": _GELU,
+    "linear_cross_entropy.forward": _LOGITS,
+    "linear_cross_entropy.backward": _LOGITS,
     "linear.epilogue": Kernel(_EPILOGUE, ("none", "gelu", "gelu_tanh"), 65536),
 }
 """The kernels that a tuning file may configure."""

@@ -71,6 +71,9 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"cross_entropy.{part}", dtype, V, kind, quick)
     for part, kind in product(("forward", "backward"), ("gelu", "gelu_tanh")):
         yield Case(f"gelu.{part}", dtype, 0, kind, half and kind == "gelu_tanh")
+    if half:
+        for part, kind in product(("forward", "backward"), ("plain", "softcap")):
+            yield Case(f"linear_cross_entropy.{part}", dtype, 0, kind, kind == "plain")
     for N, kind in product((768, 3072), ("none", "gelu", "gelu_tanh")):
         yield Case("linear.epilogue", dtype, N, kind, half and kind == "gelu_tanh")
 
@@ -84,6 +87,7 @@ def shipped(case: Case, arch: int) -> Config:
     from gptk.ops.layer_norm import triton_backward
     from gptk.ops.layer_norm import triton_impl as layer_norm
     from gptk.ops.linear import triton_impl as linear
+    from gptk.ops.linear_cross_entropy import triton_logits
 
     if case.op == "attention":
         modules = {"forward": attention, "dq": triton_dq, "dkdv": triton_dkdv}
@@ -94,7 +98,10 @@ def shipped(case: Case, arch: int) -> Config:
     if case.kernel == "layer_norm.backward":
         return triton_backward.launch_config(case.width, 4, case.kind == "dropout")
     if case.op == "cross_entropy":
-        return tuple(cross_entropy.launch_config(case.width).values())
+        return tuple(cross_entropy.launch_config(case.width, case.kind == "softcap").values())
+    if case.op == "linear_cross_entropy":
+        part = case.kernel.partition(".")[2]
+        return triton_logits.launch_config(part, arch, case.kind == "softcap")
     if case.op == "gelu":
         return tuple(gelu.launch_config(case.dtype).values())
     return tuple(linear.launch_config(case.width).values())
@@ -117,6 +124,8 @@ def candidates(case: Case) -> list[Config]:
     if case.op == "cross_entropy":
         widths = (128, 256) if size <= 256 else (1024, 2048, 4096, 8192, 16384)
         return [(n, w) for n in widths for w in (1, 2, 4, 8, 16) if 2 <= n // (32 * w) <= 64]
+    if case.op == "linear_cross_entropy":
+        return list(product((64, 128), (64, 128, 256), (64,), (4, 8), (3, 4)))
     if case.op == "gelu":
         pairs = product((512, 1024, 2048, 4096), (2, 4, 8))
         return [(n, w) for n, w in pairs if 4 <= n // (32 * w) <= 32]
@@ -134,6 +143,8 @@ def work(case: Case, device: str, tokens: int = TOKENS) -> Work:
         return _layer_norm(case, device, max(2, min(tokens, tokens * 1024 // case.width)))
     if case.op == "cross_entropy":
         return _cross_entropy(case, device, max(2, min(tokens, tokens * 2048 // case.width)))
+    if case.op == "linear_cross_entropy":
+        return _linear_cross_entropy(case, device, tokens)
     if case.op == "gelu":
         return _gelu(case, device, tokens * 3072 if tokens >= 1024 else 37 * tokens)
     return _epilogue(case, device, tokens)
@@ -238,6 +249,31 @@ def _cross_entropy(case: Case, device: str, N: int) -> Work:
             cross_entropy.losses(lse, sums, logits, bias, target, -100, 0.0, cap, 0.0)
             forwards[bias is None] = sums
         return forwards[bias is None]
+
+    return Work(lambda: call(None, 0.0, 0.0), lambda: call(bias, 0.1, 1e-4))
+
+
+def _linear_cross_entropy(case: Case, device: str, tokens: int) -> Work:
+    from gptk.ops.linear_cross_entropy import triton_logits
+
+    N, C, V = (tokens // 2, 768, 50304) if tokens >= 2048 else (tokens, 32, 300)
+    x, weight = (torch.randn((rows, C), device=device).to(case.dtype) for rows in (N, V))
+    bias, target = torch.randn(V, device=device), torch.randint(V, (N,), device=device)
+    dloss, cap = torch.full((N,), 1 / N, device=device), 30.0 if case.kind == "softcap" else None
+    classes = slice(0, V // 8 // 16 * 16)
+    lse = torch.full_like(dloss, 40.0)
+
+    def call(bias: Tensor | None, smoothing: float, z_loss: float) -> Results:
+        terms = triton_logits.Terms(-100, smoothing, cap, z_loss)
+        if case.kernel == "linear_cross_entropy.forward":
+            loss, sums = torch.empty_like(dloss), torch.empty_like(dloss)
+            triton_logits.losses(loss, sums, x, weight, bias, target, terms)
+            return [loss, sums]
+        dlogits = x.new_empty((N, classes.stop))
+        found = triton_logits.logit_gradients(
+            dlogits, dloss, lse, x, weight, bias, target, classes, terms, bias is not None
+        )
+        return [dlogits, None if found is None else found.sum(0)]
 
     return Work(lambda: call(None, 0.0, 0.0), lambda: call(bias, 0.1, 1e-4))
 

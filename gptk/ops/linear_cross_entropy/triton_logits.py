@@ -32,9 +32,9 @@ class Terms(NamedTuple):
     z_loss: float
 
 
-def launch_config(pass_: str, arch: int, by_descriptor: bool, has_softcap: bool) -> tuple[int, ...]:
+def launch_config(pass_: str, arch: int, has_softcap: bool) -> tuple[int, ...]:
     """(BLOCK_M, BLOCK_V, BLOCK_C, num_warps, num_stages) of the forward or the backward pass."""
-    kind = ("descriptor" if by_descriptor else "address") + (", softcap" if has_softcap else "")
+    kind = "softcap" if has_softcap else "plain"
     return tuned("linear_cross_entropy", pass_, arch, 16, 0, kind)
 
 
@@ -292,9 +292,7 @@ def _operands(
     C = x.shape[1]
     arch = architecture(x.device)
     by_descriptor = arch >= 90
-    block_m, block_v, block_c, warps, stages = launch_config(
-        pass_, arch, by_descriptor, terms.softcap is not None
-    )
+    block_m, block_v, block_c, warps, stages = launch_config(pass_, arch, terms.softcap is not None)
     operands: tuple[Any, Any] = (x, weight)
     if by_descriptor:
         operands = (
