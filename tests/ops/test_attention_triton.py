@@ -211,6 +211,34 @@ def test_scores_far_from_zero(size, dtype):
     assert all(bool(t.isfinite().all()) for t in grads)
 
 
+@pytest.mark.parametrize("size", [300.0, 7000.0, 60000.0])
+@pytest.mark.parametrize("scale", [0.125, 128**-0.5])
+def test_one_hot_rows_of_huge_scores_in_float16(size, scale):
+    """Scores to 2^29: each row is the value of its largest score, as torch's."""
+    g = torch.Generator().manual_seed(1)
+    q = (normal(g, 1, 1, 20, 16) * size / 4).clamp(-size, size).to(F16)
+    k = (normal(g, 1, 1, 20, 16) * size / 4).clamp(-size, size).to(F16)
+    k *= min(1.0, 2.0**29 / (size * size * 16 * scale))
+    v = normal(g, 1, 1, 20, 16, dtype=F16)
+    out, lse = triton_impl.forward(q, k, v, True, scale, 0.0, SEED, None)
+    want = definition(q, k, v, True, scale, 0.0, None, torch.zeros_like(v), F64)
+    torch.testing.assert_close(out.double(), want[0], rtol=2**-10, atol=2**-9)
+    torch.testing.assert_close(lse.double(), want[1], rtol=1e-6, atol=1e-6)
+    options = (True, scale, 0.0, SEED, None)
+    grads = triton_backward.backward(v, q, k, v, out, lse, *options, (True,) * 3)
+    assert all(bool(t.isfinite().all()) for t in grads)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about 0 * inf
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_scale_of_zero_does_not_hide_an_infinity(dtype):
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (normal(g, 1, 1, 8, 8, dtype=dtype) for _ in range(3))
+    q[..., 3], k[..., 5, 3] = -1.0, math.inf
+    out, _ = triton_impl.forward(q, k, v, True, 0.0, 0.0, SEED, None)
+    assert out.isnan().any(-1)[0, 0].tolist() == [row >= 5 for row in range(8)]
+
+
 def attend(q, k, v, dout, options):
     out, lse = triton_impl.forward(q, k, v, *options)
     return out, lse, *triton_backward.backward(dout, q, k, v, out, lse, *options, (True,) * 3)

@@ -41,7 +41,7 @@ def small(monkeypatch):
     monkeypatch.setattr(fused, "chunk_classes", lambda N, V: min(V, 32))
     monkeypatch.setattr(fused, "ROWS", 20)
     monkeypatch.setattr(triton_logits, "launch_config", lambda *_: (16, 16, 16, 4, 1))
-    monkeypatch.setattr(triton_logits, "_group", lambda C, block_m: 2)
+    monkeypatch.setattr(triton_logits, "_group", lambda N, C, block_m: 2)
 
 
 def formula(x, w, b, target, dloss, ignore_index, smoothing, softcap=None, z_loss=0.0):

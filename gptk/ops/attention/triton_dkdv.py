@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gptk.ops.attention.triton_softmax import exponents, power
+from gptk.ops.attention.triton_softmax import exponents, in_base, power
 from gptk.ops.attention.triton_tiles import (
     finite_or_zero,
     has_bad,
@@ -90,7 +90,7 @@ def _dkdv_tile(
         else:
             seen = sees(query[None, :], key[:, None], Tq, Tk, window, CAUSAL, HAS_WINDOW)
         lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
-    exponent = exponents(s, lse[None, :], factor, q.dtype)
+    exponent = exponents(s, in_base(lse, q.dtype)[None, :], factor, q.dtype)
     if MASKED:
         exponent = tl.where(seen, exponent, float("-inf"))
     p = power(exponent, q.dtype)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gptk.ops.attention.triton_softmax import exponents, power
+from gptk.ops.attention.triton_softmax import exponents, in_base, power
 from gptk.ops.attention.triton_tiles import (
     edge,
     finite_or_zero,
@@ -176,6 +176,7 @@ def attention_dq_kernel(
     dout = load_tile(dout_ptr, start_q, dout_strides[2], Tq, DV, BLOCK_Q, BLOCK_DV, True)
     lse = tl.load(lse_ptr + row, mask=query < Tq, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row without keys: nothing is seen
+    lse = in_base(lse, q.dtype)
     delta = tl.load(delta_ptr + row, mask=query < Tq, other=0.0)
     factor = tl.full((), scale, ACC)
     keep_factor = tl.full((), keep_scale, ACC)

@@ -184,6 +184,8 @@ def forward(
     """
     B, H, Tq, D = q.shape
     Hkv, Tk, DV = v.shape[1:]
+    if scale == 0.0:  # 0 * -inf is not to be met in a kernel: scores of 0 by other means
+        q, scale = q * 0.0, 1.0
     if ranges is None and triton_decode.pays(B, Hkv, Tq, Tk, window):
         return triton_decode.forward(q, k, v, causal, scale, dropout_p, seed, window)
     strides = (Tq * H * DV, DV, H * DV, 1)

@@ -1,10 +1,11 @@
 """One step of attention's online softmax in Triton, for the forward kernels.
 
 For 16-bit inputs scores stay as the product leaves them, and exp(scale (s - top)) is one fused
-multiply-add and the hardware's exp2: 2^(c s - c top) with c = scale log2(e). That rounds with the
-size of c s, which float32 inputs would show: gradients of scores of size 50 would err three times
-as much as torch's. For those s is multiplied by scale, and s - top formed before the change of
-base.
+multiply-add and the hardware's exp2: 2^(c s - c top) with c = scale log2(e). How c top is rounded
+cancels in a row (from scores of 2^30 on it overflows first, as in FlashAttention-2). How lse is
+rounded, in backward, grows with the scores, which float32 inputs would show: gradients of scores of
+size 50 would err three times as much as torch's. For those s is multiplied by scale, and s - top
+formed before the change of base.
 """
 
 import triton
@@ -18,7 +19,7 @@ from gptk.ops.attention.triton_tiles import (
     within,
 )
 from gptk.ops.philox_triton import keep_tile
-from gptk.ops.triton_launch import LOG2E, dot, exp, narrow, widen
+from gptk.ops.triton_launch import INTERPRETED, LOG2E, dot, exp, narrow, widen
 
 
 @triton.constexpr_function
@@ -35,7 +36,7 @@ def signed(q, scale: tl.float64, NEGATIVE: tl.constexpr, ACC: tl.constexpr):
     if folds(q.dtype):
         if NEGATIVE:
             q = narrow(-widen(q, ACC), q.dtype)
-        factor = tl.maximum(tl.abs(factor), 1e-37)  # 0 * -inf would be NaN
+        factor = tl.abs(factor)
     return q, factor
 
 
@@ -46,13 +47,23 @@ def unfolded(top, factor, dtype: tl.constexpr):
 
 
 @triton.jit
-def exponents(s, lse, factor, dtype: tl.constexpr):
-    """What power() takes to give exp(factor s - lse), s the products for inputs of `dtype`."""
+def exponents(s, less, factor, dtype: tl.constexpr):
+    """What power() takes to give exp(factor s - less), s the products for inputs of `dtype`; less
+    is given as in_base(less, dtype)."""
     if folds(dtype):
-        exponent = s * (factor * LOG2E) - lse * LOG2E
+        if INTERPRETED:  # which has no fused multiply-add
+            exponent = (s.to(tl.float64) * (factor * LOG2E) - less).to(s.dtype)
+        else:
+            exponent = tl.math.fma(s, factor * LOG2E, -less)
     else:
-        exponent = s * factor - lse
+        exponent = s * factor - less
     return exponent
+
+
+@triton.jit
+def in_base(less, dtype: tl.constexpr):
+    """Natural logarithms, to base 2 if scores are held without the scale."""
+    return less * LOG2E if folds(dtype) else less
 
 
 @triton.jit
@@ -115,7 +126,8 @@ def softmax_step(
     # a row of scores of -inf so far, or of none, has top = -inf, and -inf - -inf would be NaN
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     if folds(q.dtype):
-        p = power(exponents(s, (safe_top * factor)[:, None], factor, q.dtype), q.dtype)
+        less = safe_top * (factor * LOG2E)
+        p = power(exponents(s, less[:, None], factor, q.dtype), q.dtype)
         shrink = power((top - safe_top) * (factor * LOG2E), q.dtype)
     else:
         p = exp(s - safe_top[:, None])

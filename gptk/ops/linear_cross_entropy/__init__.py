@@ -52,9 +52,9 @@ def linear_cross_entropy(
 
     Returns: the loss, in the input's dtype (under autocast float32, except for float64).
     Raises: as cross_entropy.
-    Memory: a part of the logits at a time, at most; extra memory does not grow with N * V. The C++
-        backend forms the gradients of "mean" and "sum" with the loss, and holds them until
-        backward.
+    Memory: a part of the logits at a time, at most; extra memory grows with N * V up to a bound (1
+        GiB, usually much less) and then no more. The C++ backend forms the gradients of "mean" and
+        "sum" with the loss, and holds them until backward.
     """
     check_reduction(reduction, label_smoothing)
     check_terms(softcap, z_loss)

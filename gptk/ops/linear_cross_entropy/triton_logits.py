@@ -304,9 +304,9 @@ def _operands(
     return operands, flags, {**tile, "num_warps": warps, "num_stages": stages}
 
 
-def _group(C: int, block_m: int) -> int:
+def _group(N: int, C: int, block_m: int) -> int:
     """Tiles of rows that programs run through before the next classes: 8 MiB of x, say."""
-    return max(1, (4 << 20) // (C * block_m))
+    return max(1, min((4 << 20) // (C * block_m), triton.cdiv(N, block_m)))
 
 
 def losses(
@@ -342,7 +342,7 @@ def losses(
         N,
         V,
         C,
-        _group(C, tile["BLOCK_M"]),
+        _group(N, C, tile["BLOCK_M"]),
         float(terms.softcap or 0.0),
         HAS_BIAS=bias is not None,
         HAS_SMOOTHING=smoothed,
@@ -415,7 +415,7 @@ def logit_gradients(
         classes.stop,
         C,
         classes.start,
-        _group(C, tile["BLOCK_M"]),
+        _group(N, C, tile["BLOCK_M"]),
         terms.ignore_index,
         V,
         1.0 - terms.label_smoothing,
