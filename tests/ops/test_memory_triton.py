@@ -22,6 +22,8 @@ from triton.runtime.interpreter import InterpreterError  # noqa: E402
 from gptk.ops.adamw import adamw_  # noqa: E402
 from gptk.ops.attention import triton_decode, triton_dkdv, triton_dq, triton_impl  # noqa: E402
 from gptk.ops.catalog import OPS  # noqa: E402
+from gptk.ops.linear_cross_entropy import triton_impl as linear_cross_entropy  # noqa: E402
+from gptk.ops.linear_cross_entropy import triton_logits  # noqa: E402
 from gptk.ops.triton_launch import launch  # noqa: E402
 
 pytestmark = needs_interpreter
@@ -35,6 +37,7 @@ MORE = {
     "layer_norm": [dict(shape=(9, 8193), residual=True)],  # wider than a block
     "linear": [dict(shape=(70, 8), N=5, activation="gelu")],  # sums over rows of two programs
     "cross_entropy": [dict(N=3, V=4099, label_smoothing=0.1)],
+    "linear_cross_entropy": [dict(shape=(21, 12), V=37, bias=True, label_smoothing=0.1)],
 }
 """Cases beside the ops' own, in bfloat16, for kernels and branches that these do not reach."""
 
@@ -62,10 +65,13 @@ def _overflows_are_errors():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Attention in tiles of 16 x 16, its keys in parts of 16: short rows have several of each."""
+    """Attention in tiles of 16 x 16, its keys in parts of 16, logits in tiles of 16 x 16, of 24
+    classes at a time: short rows have several of each."""
     for module in (triton_impl, triton_dq, triton_dkdv):
         monkeypatch.setattr(module, "launch_config", lambda *_: (16, 16, 4, 1))
     monkeypatch.setattr(triton_decode, "LEAST_KEYS", 16)
+    monkeypatch.setattr(triton_logits, "launch_config", lambda *_: (16, 16, 16, 4, 1))
+    monkeypatch.setattr(linear_cross_entropy, "chunk_classes", lambda N, V: 24)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -94,7 +94,7 @@ def backward(
         classes = slice(first, min(first + step, V))
         dlogits = buffer[:, : classes.stop - first]
         sums = logit_gradients(
-            dlogits, dloss, lse, *operands, bias, target, classes, terms, need_dbias
+            buffer, dloss, lse, *operands, bias, target, classes, terms, need_dbias
         )
         if need_dx:
             dx = product(dlogits, weight[classes], torch.float32, dx)

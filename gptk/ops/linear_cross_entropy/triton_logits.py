@@ -210,7 +210,7 @@ def _loss_kernel(
 
 @triton.jit(do_not_specialize=["N", "V", "first_class", "group", "ignore_index"])
 def _logits_backward_kernel(
-    dlogits_ptr,  # (N, V - first_class) 16 bits; up to its stride what follows is written too
+    dlogits_ptr,  # (N, stride_dlogits) 16 bits
     partial_ptr,  # (tiles of N, V - first_class) float32, written with NEED_DBIAS
     dloss_ptr,  # (N,) float32
     lse_ptr,  # (N,) float32
@@ -388,11 +388,11 @@ def logit_gradients(
     terms: Terms,
     need_dbias: bool,
 ) -> Tensor | None:
-    """Write dlogits (N, classes) in x's dtype; return the sums over tiles of rows of what is not
-    rounded yet, (tiles, classes) float32, if need_dbias.
+    """Write the gradients of the classes' logits in x's dtype to the first columns of dlogits
+    (N, at least these), contiguous; return the sums over tiles of rows of what is not rounded yet,
+    (tiles, classes) float32, if need_dbias.
 
-    x and weight are in_sixteens. The last stride of dlogits is 1; its rows are written to their
-    ends, as the first stride has them.
+    x and weight are in_sixteens. Columns of dlogits past the classes get numbers without meaning.
     """
     (N, C), V = x.shape, weight.shape[0]
     operands, flags, tile = _operands(x, weight, "backward", terms)
