@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(prog="python -m gptk.aot", description=__doc__)
     made.add_argument("--arch", type=int, action="append", choices=CHIPS)
-    made.add_argument("--case", default="", help="only cases whose names contain this")
+    made.add_argument(
+        "--case", action="append", default=[], help="only cases whose names contain this, or one of"
+    )
     made.add_argument("--json", type=Path, help="store the table, its summary, the roofline")
     made.add_argument("--compare", type=Path, help="exit 1 where a kernel needs more than there")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -52,9 +54,9 @@ def main(argv: list[str]) -> int:
     os.environ[VARIABLE] = ""  # what ships, not what the user measured
     from gptk.aot.shipping import cases
 
-    names = [name for name in cases() if options.case in name]
+    names = [name for name in cases() if wanted(name, options.case)]
     if not names:
-        raise UsageError(f"no case has {options.case!r} in its name")
+        raise UsageError(f"no case has {' or '.join(map(repr, options.case))} in its name")
     archs = options.arch or list(table.ARCHITECTURES)
     if options.roofline:
         if options.arch not in (None, [roofline.ARCH]):
@@ -66,7 +68,13 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gptk-aot-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what was compiled before does not count
         rows = compiled(archs, names, options.jobs, options.quiet)
-    return report(options, rows, old)
+    whole = not options.case and set(archs) == set(table.ARCHITECTURES)
+    return report(options, rows, old, table.sources() if whole else "a part of the cases")
+
+
+def wanted(name: str, parts: list[str]) -> bool:
+    """Whether a case's name contains one of `parts`; without any, all are wanted."""
+    return not parts or any(part in name for part in parts)
 
 
 Old = tuple[table.Stored | None, roofline.Stored | None]
@@ -80,12 +88,14 @@ def _read(path: Path, only_roofline: bool, archs: list[int]) -> Old:
     return table.read(path), roofline.read(beside) if roofline.ARCH in archs else None
 
 
-def report(options: argparse.Namespace, rows: list[table.Row], old: Old | None) -> int:
+def report(
+    options: argparse.Namespace, rows: list[table.Row], old: Old | None, sources: str
+) -> int:
     """Store, compare and print; returns the exit code."""
     import triton
 
     roofs = [row.pop("roofline") for row in rows if "roofline" in row]
-    stored = {"triton": triton.__version__, "rows": rows}
+    stored = {"triton": triton.__version__, "sources": sources, "rows": rows}
     wrong = table.faults(rows)
     for before, new, losses in zip(
         old or (), (rows, roofs), (table.losses, roofline.losses), strict=False
@@ -104,7 +114,8 @@ def report(options: argparse.Namespace, rows: list[table.Row], old: Old | None) 
             roofline.write(roofs, triton.__version__, beside)
         if not options.roofline:
             lines = ",\n".join(json.dumps(row) for row in rows)
-            text = f'{{"triton": "{stored["triton"]}", "rows": [\n{lines}\n]}}\n'
+            head = f'"triton": "{stored["triton"]}", "sources": "{sources}"'
+            text = f'{{{head}, "rows": [\n{lines}\n]}}\n'
             options.json.write_text(text, "utf-8")
             options.json.with_suffix(".md").write_text(summary.table(stored), "utf-8")
     for line in wrong:
@@ -113,15 +124,15 @@ def report(options: argparse.Namespace, rows: list[table.Row], old: Old | None) 
     return 1 if wrong else 0
 
 
-def show_stored(only_roofline: bool, case: str, archs: list[int] | None) -> None:
+def show_stored(only_roofline: bool, parts: list[str], archs: list[int] | None) -> None:
     """Print the table or the roofline of this checkout."""
     if only_roofline:
         rows = roofline.read(STORED.with_name("roofline.json"))["rows"]
-        roofline.show([row for row in rows if case in row["case"]])
+        roofline.show([row for row in rows if wanted(row["case"], parts)])
         return
     found = table.read(STORED)
-    kept = [r for r in found["rows"] if case in r["case"] and (not archs or r["arch"] in archs)]
-    table.show(found | {"rows": kept})
+    kept = [row for row in found["rows"] if wanted(row["case"], parts)]
+    table.show(found | {"rows": [row for row in kept if not archs or row["arch"] in archs]})
 
 
 def compiled(archs: list[int], names: list[str], jobs: int, quiet: bool) -> list[table.Row]:

@@ -1,5 +1,6 @@
 """Rows of the ahead-of-time table: made, stored, compared with stored ones, printed."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,21 @@ def rows(
                         what = (row["kernel"], one.sass, one.warps, one.arguments)
                         row["roofline"] = roofline.row(name, *what)
     return list(found.values())
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def sources(package: Path = PACKAGE) -> str:
+    """A fingerprint of what a table is made from: the kernels, their launchers and configurations,
+    the cases, and how they are counted. Where it is the stored one, so are the rows, by the same
+    Triton."""
+    patterns = ("ops/**/*triton*.py", "ops/**/tuning*", "aot/*.py")
+    paths = sorted({path for pattern in patterns for path in package.glob(pattern)})
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def key(row: Row) -> tuple[int, str, str]:
