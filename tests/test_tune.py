@@ -227,7 +227,7 @@ MODULES = {
     "cross_entropy": ("triton_impl",),
     "gelu": ("triton_impl",),
     "linear": ("triton_impl",),
-    "linear_cross_entropy": ("triton_logits",),
+    "linear_cross_entropy": ("triton_losses", "triton_dlogits"),
 }
 
 

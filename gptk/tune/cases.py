@@ -254,7 +254,8 @@ def _cross_entropy(case: Case, device: str, N: int) -> Work:
 
 
 def _linear_cross_entropy(case: Case, device: str, tokens: int) -> Work:
-    from gptk.ops.linear_cross_entropy import triton_logits
+    from gptk.ops.linear_cross_entropy import triton_dlogits, triton_losses
+    from gptk.ops.linear_cross_entropy.triton_logits import Terms
 
     N, C, V = (tokens // 2, 768, 50304) if tokens >= 2048 else (tokens, 32, 300)
     x, weight = (torch.randn((rows, C), device=device).to(case.dtype) for rows in (N, V))
@@ -264,13 +265,13 @@ def _linear_cross_entropy(case: Case, device: str, tokens: int) -> Work:
     lse = torch.full_like(dloss, 40.0)
 
     def call(bias: Tensor | None, smoothing: float, z_loss: float) -> Results:
-        terms = triton_logits.Terms(-100, smoothing, cap, z_loss)
+        terms = Terms(-100, smoothing, cap, z_loss)
         if case.kernel == "linear_cross_entropy.forward":
             loss, sums = torch.empty_like(dloss), torch.empty_like(dloss)
-            triton_logits.losses(loss, sums, x, weight, bias, target, terms)
+            triton_losses.losses(loss, sums, x, weight, bias, target, terms)
             return [loss, sums]
         dlogits = x.new_empty((N, classes.stop))
-        found = triton_logits.logit_gradients(
+        found = triton_dlogits.logit_gradients(
             dlogits, dloss, lse, x, weight, bias, target, classes, terms, bias is not None
         )
         return [dlogits, None if found is None else found.sum(0)]

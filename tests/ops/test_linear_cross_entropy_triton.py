@@ -209,7 +209,7 @@ def test_by_descriptors_and_by_addresses_give_the_same_bits(monkeypatch, dtype, 
     found = {}
     for arch in (80, 90):
         monkeypatch.setattr(triton_logits, "architecture", lambda device, arch=arch: arch)
-        _, flags, _ = triton_logits._operands(x, w, "forward", PLAIN)
+        _, _, flags, _ = triton_logits.operands(x, w, "forward", PLAIN)
         assert flags["BY_DESCRIPTOR"] == (arch == 90)
         options = (-100, 0.1, 3.0, 0.01)
         loss, lse = fused.forward(x, w, b, target, *options)

@@ -20,12 +20,9 @@ from torch import Tensor
 from gptk.ops.gelu.triton_impl import unsupported as unsupported
 from gptk.ops.linear.triton_impl import product, sum_partials
 from gptk.ops.linear_cross_entropy import triton_chunks
-from gptk.ops.linear_cross_entropy.triton_logits import (
-    Terms,
-    in_sixteens,
-    logit_gradients,
-    losses,
-)
+from gptk.ops.linear_cross_entropy.triton_dlogits import logit_gradients
+from gptk.ops.linear_cross_entropy.triton_logits import Terms, in_sixteens
+from gptk.ops.linear_cross_entropy.triton_losses import losses
 
 ROWS = 2**16
 """Rows whose three numbers per tile of classes exist at once."""
