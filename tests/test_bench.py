@@ -187,3 +187,15 @@ def test_a_run_is_stored_shown_compared_and_drawn(tmp_path, monkeypatch, capsys)
 def test_wrong_arguments_are_one_sentence(argv):
     with pytest.raises(UsageError):
         main(argv)
+
+
+def test_the_hosts_cost_is_measured_for_every_op(monkeypatch, capsys):
+    from benchmarks import bench_host
+
+    monkeypatch.setattr(bench_host, "RUNS", 1)
+    monkeypatch.setattr(bench_host, "CALLS", 1)
+    monkeypatch.setattr("sys.argv", ["bench_host.py"])
+    bench_host.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(bench_host.pairs())
+    assert set(TORCH) <= {line.split()[0] for line in lines}

@@ -60,7 +60,8 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce, False)
     check_reduction(reduction, label_smoothing)
     check_terms(softcap, z_loss)
-    if z_loss and (weight is not None or target.is_floating_point()):
+    by_id = not target.is_floating_point()
+    if z_loss and (weight is not None or not by_id):
         kind = "class weights" if weight is not None else "class probabilities as targets"
         raise ValueError(
             f"z_loss={z_loss} with {kind}: it is a term of rows that count alike, by a class id"
@@ -71,9 +72,9 @@ def cross_entropy(
         raise ValueError(f"target is on {target.device}, input on {input.device}")
     if weight is not None and weight.device != input.device:
         raise ValueError(f"weight is on {weight.device}, input on {input.device}")
-    if not target.is_floating_point():
+    if by_id:
         target = as_class_ids(target)
-    plain = weight is None and input.dim() == 2 and not target.is_floating_point()
+    plain = by_id and weight is None and input.dim() == 2
     impl = resolve("cross_entropy", backend, input, plain=plain)
     if plain:
         check_targets(target, input.shape[:1], input.shape[1], ignore_index)
@@ -113,6 +114,8 @@ def check_terms(softcap: float | None, z_loss: float) -> None:
 def as_class_ids(target: Tensor) -> Tensor:
     """The targets in int64; ValueError unless their dtype is an integer one."""
     dtype = target.dtype
+    if dtype == torch.int64:
+        return target
     if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
         raise ValueError(f"target is {dtype}, class ids are integers")
     return target.to(torch.int64)
@@ -126,12 +129,17 @@ def check_targets(target: Tensor, rows: torch.Size, V: int, ignore_index: int) -
     if target.shape != rows:
         raise ValueError(f"target {tuple(target.shape)} for rows of logits {tuple(rows)}")
     if target.is_cpu and not transformed() and addressable(target) and target.numel():
-        low, high = target.aminmax()
-        if low.item() >= 0 and high.item() < V:
-            return
-        bad = ((target < 0) | (target >= V)) & (target != ignore_index)
-        if bad.any():
-            raise IndexError(f"target {target[bad][0].item()} is outside [0, {V})")
+        read_ids(target, V, ignore_index)
+
+
+def read_ids(target: Tensor, V: int, ignore_index: int) -> None:
+    """Raise unless each id is in [0, V) or ignore_index."""
+    low, high = target.aminmax()
+    if low.item() >= 0 and high.item() < V:
+        return
+    bad = ((target < 0) | (target >= V)) & (target != ignore_index)
+    if bad.any():
+        raise IndexError(f"target {target[bad][0].item()} is outside [0, {V})")
 
 
 class CrossEntropyFunction(torch.autograd.Function):
