@@ -202,7 +202,7 @@ def test_a_row_of_the_file_is_used_and_computes_the_same(kernel, tmp_path, monke
         calls = (here.timed,) if kernel in SLOW else (here.timed, here.also)
         expected = [x for call in calls for x in call()]
         first = shipped(case, 0)
-        config = next(c for c in candidates(case) if c[0] != first[0])
+        config = next(c for c in reversed(candidates(case)) if c[0] != first[0])
     place = tmp_path / "own.json"
     tune.write(place, tune.content(HEADER, None, {case.key: Choice(first, 1.0, config, 1.0)}))
     monkeypatch.setenv("GPTK_TUNING", str(place))
@@ -213,6 +213,8 @@ def test_a_row_of_the_file_is_used_and_computes_the_same(kernel, tmp_path, monke
     finally:
         tuning.forget()
     own = dict(zip(tuning_file.KERNELS[kernel].parameters, config, strict=True))
+    if own.get("maxnreg") == tuning_file.NO_LIMIT:
+        del own["maxnreg"]  # it is not handed on
     assert any(own.items() <= meta.items() for meta in launched), (own, launched)
     for a, b in zip(got, expected, strict=True):
         assert (a is None) == (b is None)

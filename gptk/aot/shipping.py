@@ -142,9 +142,15 @@ def _cross_entropy() -> Named:
         name = f"cross_entropy V {V} smoothing, softcap, z-loss bf16"
         yield name, partial(_class_loss, V, torch.bfloat16, 0.1, 30.0, 1e-4)
     yield "linear_cross_entropy V 50304 fp32", partial(_linear_loss, 768, torch.float32, PLAIN)
-    for name, options in (("", PLAIN), (" bias, smoothing, softcap, z-loss", (0.1, 30.0, 1e-4))):
+    variants: dict[str, tuple[int, tuple[float, float | None, float]]] = {
+        "": (768, PLAIN),
+        " C 776": (776, PLAIN),  # tiles do not divide it
+        " bias, smoothing, z-loss": (768, (0.1, None, 1e-4)),
+        " bias, smoothing, softcap, z-loss": (768, (0.1, 30.0, 1e-4)),
+    }
+    for name, (C, options) in variants.items():
         case = f"linear_cross_entropy V 50304{name} bf16"
-        yield case, partial(_linear_loss, 768, torch.bfloat16, options)
+        yield case, partial(_linear_loss, C, torch.bfloat16, options)
 
 
 def _class_loss(

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptk.ops.tuning_file import NO_LIMIT
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether the kernels of this process are interpreted: fixed when triton decorates them."""
 
@@ -66,6 +68,14 @@ def launch(
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **meta)
+
+
+def options(num_warps: int, num_stages: int, maxnreg: int = NO_LIMIT) -> dict[str, int]:
+    """How a kernel is compiled; maxnreg, the most registers of a thread, only where it is less than
+    NO_LIMIT: a limit is for a kernel that needs a few more than would let two run on a processor.
+    """
+    chosen = {"num_warps": num_warps, "num_stages": num_stages}
+    return chosen if maxnreg >= NO_LIMIT else {**chosen, "maxnreg": maxnreg}
 
 
 def split_seed(seed: int | Tensor, device: torch.device) -> tuple[Tensor | int, int]:

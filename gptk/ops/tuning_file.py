@@ -20,6 +20,8 @@ Key = tuple[str, int, int, str]
 """(kernel, bits of the inputs' dtype, size, kind): the calls that share a configuration."""
 Content = dict[str, Any]
 
+NO_LIMIT = 256
+"""A maxnreg (most registers of a thread) above what there are: the compiler chooses."""
 FORMAT = 1
 VARIABLE = "GPTK_TUNING"
 REMEDY = f"remove it and run gptk tune again, or go without it: {VARIABLE}="
@@ -32,8 +34,9 @@ class TuningFileError(ValueError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a configuration of a kernel is: `parameters` are powers of two (num_stages: any number)
-    from the first to the second; sizes are powers of two from `least` to `largest`, or 0 alone."""
+    """What a configuration of a kernel is: `parameters` are powers of two (num_stages and maxnreg:
+    any number) from the first to the second; sizes are powers of two from `least` to `largest`, or
+    0 alone."""
 
     parameters: dict[str, tuple[int, int]]
     kinds: tuple[str, ...]
@@ -41,12 +44,13 @@ class Kernel:
     least: int = 16
 
 
-def _attention() -> Kernel:
-    blocks, pipeline = (16, 256), {"num_warps": (1, 16), "num_stages": (1, 8)}
-    parameters = {"BLOCK_Q": blocks, "BLOCK_K": blocks, **pipeline}
-    return Kernel(parameters, ("plain", "packed", "dropout"), 256, least=64)
-
-
+_PIPELINE = {"num_warps": (1, 16), "num_stages": (1, 8), "maxnreg": (32, NO_LIMIT)}
+_ATTENTION = Kernel(
+    {"BLOCK_Q": (16, 256), "BLOCK_K": (16, 256), **_PIPELINE},
+    ("plain", "packed", "dropout"),
+    256,
+    least=64,
+)
 _WARPS = {"num_warps": (1, 32)}
 _NORM = Kernel({"BLOCK_M": (1, 32), "BLOCK_N": (16, 32768), **_WARPS}, ("plain", "dropout"), 65536)
 _LOSS = Kernel({"BLOCK_V": (32, 65536), **_WARPS}, ("plain", "softcap"), 262144)
@@ -54,21 +58,15 @@ _GELU = Kernel({"BLOCK": (32, 65536), **_WARPS}, ("gelu", "gelu_tanh"), 0)
 # a program of linear's epilogue adds 64 rows: a higher tile would reach into the next one's
 _EPILOGUE = {"BLOCK_M": (1, 64), "BLOCK_N": (16, 4096), **_WARPS}
 _LOGITS = Kernel(
-    {
-        "BLOCK_M": (16, 256),
-        "BLOCK_V": (16, 256),
-        "BLOCK_C": (16, 128),
-        "num_warps": (1, 16),
-        "num_stages": (1, 8),
-    },
-    ("plain", "softcap"),
+    {"BLOCK_M": (16, 256), "BLOCK_V": (16, 256), "BLOCK_C": (16, 128), **_PIPELINE},
+    ("plain", "extras", "softcap"),
     0,
 )
 
 KERNELS = {
-    "attention.forward": _attention(),
-    "attention.dq": _attention(),
-    "attention.dkdv": _attention(),
+    "attention.forward": _ATTENTION,
+    "attention.dq": _ATTENTION,
+    "attention.dkdv": _ATTENTION,
     "layer_norm.forward": _NORM,
     "layer_norm.backward": _NORM,
     "cross_entropy.forward": _LOSS,
@@ -176,7 +174,7 @@ def _wrong(kernel: str, row: Any) -> str | None:
     if not isinstance(config, list) or len(config) != len(known.parameters):
         return f"config {config!r}, which is not {', '.join(known.parameters)}"
     for value, (name, (least, most)) in zip(config, known.parameters.items(), strict=True):
-        power = name != "num_stages"
+        power = name not in ("num_stages", "maxnreg")
         if not _whole(value) or not least <= value <= most or (power and value & (value - 1)):
             what = "a power of two" if power else "a number"
             return f"{name} {value!r}, which is not {what} from {least} to {most}"

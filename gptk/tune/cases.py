@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from gptk.ops.tuning_file import Config, Key, bucket
+from gptk.ops.tuning_file import NO_LIMIT, Config, Key, bucket
 
 SEED = 2**40 + 77
 TOKENS = 16384
@@ -72,7 +72,7 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
     for part, kind in product(("forward", "backward"), ("gelu", "gelu_tanh")):
         yield Case(f"gelu.{part}", dtype, 0, kind, half and kind == "gelu_tanh")
     if half:
-        for part, kind in product(("forward", "backward"), ("plain", "softcap")):
+        for part, kind in product(("forward", "backward"), ("plain", "extras", "softcap")):
             yield Case(f"linear_cross_entropy.{part}", dtype, 0, kind, kind == "plain")
     for N, kind in product((768, 3072), ("none", "gelu", "gelu_tanh")):
         yield Case("linear.epilogue", dtype, N, kind, half and kind == "gelu_tanh")
@@ -101,7 +101,7 @@ def shipped(case: Case, arch: int) -> Config:
         return tuple(cross_entropy.launch_config(case.width, case.kind == "softcap").values())
     if case.op == "linear_cross_entropy":
         part = case.kernel.partition(".")[2]
-        return triton_logits.launch_config(part, arch, case.kind == "softcap")
+        return triton_logits.launch_config(part, arch, case.kind)
     if case.op == "gelu":
         return tuple(gelu.launch_config(case.dtype).values())
     return tuple(linear.launch_config(case.width).values())
@@ -112,11 +112,11 @@ def candidates(case: Case) -> list[Config]:
     half, size = case.dtype.itemsize == 2, case.key[2]
     if case.op == "attention":
         if not half:
-            return list(product((16, 32, 64), (16, 32), (4, 8), (1, 2)))
+            return list(product((16, 32, 64), (16, 32), (4, 8), (1, 2), (NO_LIMIT,)))
         own = (64, 128) if size <= 128 else (32, 64, 128)  # the side that a program owns
         sides = (own, (32, 64, 128))
         q, k = sides[::-1] if case.kernel == "attention.dkdv" else sides
-        return list(product(q, k, (4, 8), (2, 3)))
+        return [tile + pipeline for tile in product(q, k) for pipeline in _pipelines(2, 3)]
     if case.op == "layer_norm":
         tiles = [(m, size) for m in (1, 2, 4, 8, 16) if size <= 8192 and m * size <= 8192]
         tiles += [(1, n) for n in (1024, 2048, 4096, 8192) if n < size]
@@ -125,12 +125,18 @@ def candidates(case: Case) -> list[Config]:
         widths = (128, 256) if size <= 256 else (1024, 2048, 4096, 8192, 16384)
         return [(n, w) for n in widths for w in (1, 2, 4, 8, 16) if 2 <= n // (32 * w) <= 64]
     if case.op == "linear_cross_entropy":
-        return list(product((64, 128), (64, 128, 256), (64,), (4, 8), (3, 4)))
+        squares = product((64, 128), (64, 128, 256))
+        return [(m, v, 64, *pipeline) for m, v in squares for pipeline in _pipelines(3, 4)]
     if case.op == "gelu":
         pairs = product((512, 1024, 2048, 4096), (2, 4, 8))
         return [(n, w) for n, w in pairs if 4 <= n // (32 * w) <= 32]
     shapes = product((4, 8, 16, 32), (32, 64, 128, 256))
     return [(m, n, w) for m, n in shapes for w in (2, 4, 8) if 512 <= m * n <= 4096 and n <= size]
+
+
+def _pipelines(*stages: int) -> list[Config]:
+    """num_warps, num_stages, maxnreg: of 128 registers, two programs of 8 warps fit a processor."""
+    return [*product((4, 8), stages, (NO_LIMIT,)), *product((8,), stages, (128,))]
 
 
 def work(case: Case, device: str, tokens: int = TOKENS) -> Work:
@@ -257,7 +263,7 @@ def _linear_cross_entropy(case: Case, device: str, tokens: int) -> Work:
     from gptk.ops.linear_cross_entropy import triton_dlogits, triton_losses
     from gptk.ops.linear_cross_entropy.triton_logits import Terms
 
-    N, C, V = (tokens // 2, 768, 50304) if tokens >= 2048 else (tokens, 32, 300)
+    N, C, V = (tokens // 2, 768, 50304) if tokens >= 2048 else (tokens, 64, 300)
     x, weight = (torch.randn((rows, C), device=device).to(case.dtype) for rows in (N, V))
     bias, target = torch.randn(V, device=device), torch.randint(V, (N,), device=device)
     dloss, cap = torch.full((N,), 1 / N, device=device), 30.0 if case.kind == "softcap" else None
@@ -276,7 +282,9 @@ def _linear_cross_entropy(case: Case, device: str, tokens: int) -> Work:
         )
         return [dlogits, None if found is None else found.sum(0)]
 
-    return Work(lambda: call(None, 0.0, 0.0), lambda: call(bias, 0.1, 1e-4))
+    usual = bias if case.kind == "extras" else None
+    most = (None, 0.0, 1e-4) if case.kind == "plain" else (bias, 0.1, 1e-4)
+    return Work(lambda: call(usual, 0.0, 0.0), lambda: call(*most))
 
 
 def _gelu(case: Case, device: str, n: int) -> Work:

@@ -197,6 +197,21 @@ def test_nan_stays_in_its_row(dtype):
     assert dx.isnan().any(1).tolist() == bad
 
 
+@pytest.mark.parametrize(
+    "C, has_bias, changes, kind",
+    [
+        (768, False, {}, "plain"),
+        (768, False, {"z_loss": 1e-4}, "plain"),
+        (768, True, {}, "extras"),
+        (768, False, {"label_smoothing": 0.1}, "extras"),
+        (776, False, {}, "extras"),
+        (768, True, {"softcap": 30.0}, "softcap"),
+    ],
+)
+def test_what_is_done_to_a_tile_chooses_its_configuration(C, has_bias, changes, kind):
+    assert triton_logits.kind_of(C, has_bias, PLAIN._replace(**changes)) == kind
+
+
 @pytest.mark.parametrize("C, V", [(8, 70), (40, 33), (32, 64)])
 @pytest.mark.parametrize("dtype", HALVES, ids=short)
 @pytest.mark.usefixtures("small")
@@ -209,7 +224,7 @@ def test_by_descriptors_and_by_addresses_give_the_same_bits(monkeypatch, dtype, 
     found = {}
     for arch in (80, 90):
         monkeypatch.setattr(triton_logits, "architecture", lambda device, arch=arch: arch)
-        _, _, flags, _ = triton_logits.operands(x, w, "forward", PLAIN)
+        _, _, flags, _ = triton_logits.operands(x, w, True, "forward", PLAIN)
         assert flags["BY_DESCRIPTOR"] == (arch == 90)
         options = (-100, 0.1, 3.0, 0.01)
         loss, lse = fused.forward(x, w, b, target, *options)

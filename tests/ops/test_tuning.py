@@ -6,7 +6,7 @@ import pytest
 
 from gptk.ops import tuning, tuning_file
 from gptk.ops.tuning import tuned, user_row
-from gptk.ops.tuning_file import KERNELS, TuningFileError
+from gptk.ops.tuning_file import KERNELS, NO_LIMIT, TuningFileError
 
 OPS = sorted(path.parent.name for path in tuning.Path(tuning.__file__).parent.glob("*/tuning.json"))
 
@@ -22,13 +22,15 @@ def test_the_table_is_well_formed(op):
     seen = set()
     for kernel, row in rows(op):
         assert set(row) == {"arch", "bits", "size", "kinds", "config"}
-        *blocks, warps, stages = row["config"]
+        *blocks, warps, stages, maxnreg = row["config"]
         assert len(blocks) == {"attention": 2, "linear_cross_entropy": 3}[op]
         for block in blocks:
             assert 16 <= block <= 256
             assert block & (block - 1) == 0
         assert warps in (4, 8)
         assert stages >= 1
+        # a limit lets two programs run where one would
+        assert maxnreg == NO_LIMIT or 2 * maxnreg * 32 * warps == 2**16
         for kind in row["kinds"]:
             key = (kernel, row["arch"], row["bits"], row["size"], kind)
             assert key not in seen, "two rows for the same calls"
@@ -41,7 +43,7 @@ def test_every_call_has_a_configuration(kernel):
         for bits in (16, 32, 64):
             for kind in ("plain", "packed", "dropout"):
                 for D in (1, 16, 64, 65, 128, 129, 256):
-                    assert len(tuned("attention", kernel, arch, bits, D, kind)) == 4
+                    assert len(tuned("attention", kernel, arch, bits, D, kind)) == 5
     with pytest.raises(LookupError, match="size 257"):
         tuned("attention", kernel, 90, 16, 257, "plain")
 
@@ -49,8 +51,8 @@ def test_every_call_has_a_configuration(kernel):
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_every_call_of_linear_cross_entropy_has_a_configuration(pass_):
     for arch in (0, 75, 80, 86, 89, 90, 100, 103, 120):
-        for kind in ("plain", "softcap"):
-            assert len(tuned("linear_cross_entropy", pass_, arch, 16, 0, kind)) == 5
+        for kind in ("plain", "extras", "softcap"):
+            assert len(tuned("linear_cross_entropy", pass_, arch, 16, 0, kind)) == 6
 
 
 def test_the_nearest_row_is_taken(monkeypatch):
@@ -73,7 +75,7 @@ def row(config, size, kind="plain", bits=16):
     return {"bits": bits, "size": size, "kind": kind, "config": config}
 
 
-OWN = row([64, 32, 4, 3], 128)
+OWN = row([64, 32, 4, 3, 128], 128)
 
 
 def content(kernel="attention.forward", rows=(OWN,), **changes):
@@ -103,7 +105,7 @@ def use(monkeypatch, tmp_path):
 def test_a_user_row_wins_for_its_own_bucket_alone(use):
     shipped = {D: tuned("attention", "forward", 90, 16, D, "plain") for D in (64, 128, 256)}
     use(content())
-    own = (64, 32, 4, 3)
+    own = (64, 32, 4, 3, 128)
     assert own not in shipped.values()
     found = [tuned("attention", "forward", 90, 16, D, "plain") for D in (64, 65, 128, 129)]
     assert found == [shipped[64], own, own, shipped[256]]
@@ -140,7 +142,7 @@ def test_the_default_place_is_read_unless_the_variable_is_set(
     if named:
         monkeypatch.setenv("GPTK_TUNING", "")
     own = user_row("attention.forward", 90, 16, 128, "plain")
-    assert own == ((64, 32, 4, 3) if reads else None)
+    assert own == ((64, 32, 4, 3, 128) if reads else None)
     # another GPU has a place of its own, the interpreter none
     assert user_row("attention.forward", 80, 16, 128, "plain") is None
     assert user_row("attention.forward", 0, 16, 128, "plain") is None
@@ -148,7 +150,7 @@ def test_the_default_place_is_read_unless_the_variable_is_set(
 
 def test_the_interpreter_takes_a_named_file_of_any_gpu(use):
     use(content())
-    assert tuned("attention", "forward", 0, 16, 128, "plain") == (64, 32, 4, 3)
+    assert tuned("attention", "forward", 0, 16, 128, "plain") == (64, 32, 4, 3, 128)
 
 
 GELU = [row([1024, 4], 0, "gelu")]
@@ -168,9 +170,13 @@ REFUSED = {
     "half a row": (content("gelu.forward", [{"bits": 16}]), "not a row with bits"),
     "bits": (content("gelu.forward", [row([1024, 4], 0, "gelu", bits=8)]), "bits 8"),
     "size": (content("gelu.forward", [row([1024, 4], 16, "gelu")]), "size 16, which no call"),
-    "a size between": (content(rows=[row([64, 32, 4, 3], 96)]), "size 96, which no call"),
+    "a size between": (content(rows=[row([64, 32, 4, 3, 128], 96)]), "size 96, which no call"),
     "kind": (content("gelu.forward", [row([1024, 4], 0, "relu")]), "kind 'relu'"),
     "short": (content("gelu.forward", [row([1024], 0, "gelu")]), "is not BLOCK, num_warps"),
+    "maxnreg": (
+        content(rows=[row([64, 32, 4, 3, 300], 128)]),
+        "maxnreg 300, which is not a number",
+    ),
     "no power": (content("gelu.forward", [row([1000, 4], 0, "gelu")]), "BLOCK 1000, which is"),
     "too high": (
         content("linear.epilogue", [row([128, 64, 4], 1024, "gelu")]),

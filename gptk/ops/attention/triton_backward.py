@@ -15,7 +15,7 @@ from gptk.ops.attention.ranges import Ranges
 from gptk.ops.attention.triton_dkdv import attention_dkdv_kernel
 from gptk.ops.attention.triton_dq import attention_delta_kernel, attention_dq_kernel
 from gptk.ops.attention.triton_tiles import kind_of, range_arguments
-from gptk.ops.triton_launch import architecture, dropout_arguments, launch, split_seed
+from gptk.ops.triton_launch import architecture, dropout_arguments, launch, options, split_seed
 
 
 def backward(
@@ -80,7 +80,7 @@ def backward(
     limits = range_arguments(ranges, q.dtype)
     dq = dk = dv = None
     if needs[0]:
-        block_q, block_k, num_warps, num_stages = triton_dq.launch_config(*asked)
+        block_q, block_k, *pipeline = triton_dq.launch_config(*asked)
         dq = _empty_like(q) if into is None else into[0]
         arguments = (dq, dout, q, k, v, lse, delta)
         launch(
@@ -93,12 +93,11 @@ def backward(
             *scalars,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            **options(*pipeline),
             **meta,
         )
     if needs[1] or needs[2]:
-        block_q, block_k, num_warps, num_stages = triton_dkdv.launch_config(*asked)
+        block_q, block_k, *pipeline = triton_dkdv.launch_config(*asked)
         dk, dv = (_empty_like(k), _empty_like(v)) if into is None else into[1:]
         pointers = (dk, dv, dout, q, k, v, lse, delta)
         launch(
@@ -111,8 +110,7 @@ def backward(
             *scalars,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            **options(*pipeline),
             **meta,
         )
     return dq, dk if needs[1] else None, dv if needs[2] else None

@@ -27,7 +27,7 @@ from gptk.ops.attention.triton_tiles import (
     without_keys,
 )
 from gptk.ops.philox_triton import philox_key
-from gptk.ops.triton_launch import ACC, dropout_arguments, exp, launch, narrow, split_seed
+from gptk.ops.triton_launch import ACC, dropout_arguments, exp, launch, narrow, options, split_seed
 
 FEW_QUERIES = 16
 PROGRAMS = 256  # about two for each multiprocessor of the largest GPUs
@@ -232,7 +232,7 @@ def forward(
     B, H, Tq, D = q.shape
     Hkv, Tk, DV = v.shape[1:]
     group, block_dv = H // Hkv, max(16, triton.next_power_of_2(DV))
-    block_r, block_k, num_warps, num_stages = launch_config(
+    block_r, block_k, *pipeline = launch_config(
         max(D, DV), q.element_size(), group, dropout_p > 0.0
     )
     begin = first_key(Tq, Tk, window) // block_k * block_k
@@ -278,8 +278,7 @@ def forward(
         BLOCK_K=block_k,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_DV=block_dv,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        **options(*pipeline),
     )
     launch(
         _attention_join_kernel,

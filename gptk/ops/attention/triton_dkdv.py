@@ -28,7 +28,7 @@ from gptk.ops.tuning import tuned
 
 
 def launch_config(D: int, dtype: torch.dtype, kind: str, arch: int) -> tuple[int, ...]:
-    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
+    """(BLOCK_Q, BLOCK_K, num_warps, num_stages, maxnreg) for the wider of the two head sizes."""
     return tuned("attention", "dkdv", arch, 8 * dtype.itemsize, D, kind)
 
 

@@ -39,6 +39,7 @@ from gptk.ops.triton_launch import (
     dropout_arguments,
     launch,
     narrow,
+    options,
     split_seed,
     why_not,
 )
@@ -48,7 +49,7 @@ __all__ = ["backward", "forward", "launch_config", "unsupported"]
 
 
 def launch_config(D: int, dtype: torch.dtype, kind: str, arch: int) -> tuple[int, ...]:
-    """(BLOCK_Q, BLOCK_K, num_warps, num_stages) for the wider of the two head sizes."""
+    """(BLOCK_Q, BLOCK_K, num_warps, num_stages, maxnreg) for the wider of the two head sizes."""
     return tuned("attention", "forward", arch, 8 * dtype.itemsize, D, kind)
 
 
@@ -191,7 +192,7 @@ def forward(
     strides = (Tq * H * DV, DV, H * DV, 1)
     out = torch.empty_strided((B, H, Tq, DV), strides, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=ACC[q.dtype], device=q.device)
-    block_q, block_k, num_warps, num_stages = launch_config(
+    block_q, block_k, *pipeline = launch_config(
         max(D, DV), q.dtype, kind_of(dropout_p, ranges), architecture(q.device)
     )
     launch(
@@ -224,7 +225,6 @@ def forward(
         BLOCK_K=block_k,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_DV=max(16, triton.next_power_of_2(DV)),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        **options(*pipeline),
     )
     return out, lse

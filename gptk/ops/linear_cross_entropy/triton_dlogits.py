@@ -94,7 +94,7 @@ def logit_gradients(
     x and weight are in_sixteens. Columns of dlogits past the classes get numbers without meaning.
     """
     (N, C), V = x.shape, weight.shape[0]
-    taken, group, flags, tile = operands(x, weight, "backward", terms)
+    taken, group, flags, tile = operands(x, weight, bias is not None, "backward", terms)
     width = classes.stop - classes.start
     tiles_m = triton.cdiv(N, tile["BLOCK_M"])
     partial = x.new_empty((tiles_m, width), dtype=torch.float32) if need_dbias else None

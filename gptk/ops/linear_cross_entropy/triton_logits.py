@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gptk.ops.cross_entropy.triton_impl import capped
-from gptk.ops.triton_launch import architecture, dot, widen
+from gptk.ops.triton_launch import architecture, dot, options, widen
 from gptk.ops.tuning import tuned
 
 
@@ -28,10 +28,17 @@ class Terms(NamedTuple):
     z_loss: float
 
 
-def launch_config(pass_: str, arch: int, has_softcap: bool) -> tuple[int, ...]:
-    """(BLOCK_M, BLOCK_V, BLOCK_C, num_warps, num_stages) of the forward or the backward pass."""
-    kind = "softcap" if has_softcap else "plain"
+def launch_config(pass_: str, arch: int, kind: str) -> tuple[int, ...]:
+    """(BLOCK_M, BLOCK_V, BLOCK_C, num_warps, num_stages, maxnreg) of a pass."""
     return tuned("linear_cross_entropy", pass_, arch, 16, 0, kind)
+
+
+def kind_of(C: int, has_bias: bool, terms: Terms) -> str:
+    """Which rows of tuning.json are for a call: what is done to a tile takes registers, and so do
+    the masks of a C that tiles do not divide."""
+    if terms.softcap is not None:
+        return "softcap"
+    return "extras" if has_bias or terms.label_smoothing or C % 64 else "plain"
 
 
 @triton.jit
@@ -114,13 +121,14 @@ def in_sixteens(matrix: Tensor) -> Tensor:
 
 
 def operands(
-    x: Tensor, weight: Tensor, pass_: str, terms: Terms
+    x: Tensor, weight: Tensor, has_bias: bool, pass_: str, terms: Terms
 ) -> tuple[tuple[Any, Any], int, dict[str, Any], dict[str, int]]:
     """((x, weight) as the kernel takes them, how many tiles of rows are a group, flags, tile)."""
     C = x.shape[1]
     arch = architecture(x.device)
     by_descriptor = arch >= 90
-    block_m, block_v, block_c, warps, stages = launch_config(pass_, arch, terms.softcap is not None)
+    kind = kind_of(C, has_bias, terms)
+    block_m, block_v, block_c, *pipeline = launch_config(pass_, arch, kind)
     taken: tuple[Any, Any] = (x, weight)
     if by_descriptor:
         taken = (
@@ -130,7 +138,7 @@ def operands(
     flags = {"BY_DESCRIPTOR": by_descriptor, "WHOLE_C": C % block_c == 0}
     tile = {"BLOCK_M": block_m, "BLOCK_V": block_v, "BLOCK_C": block_c}
     together = _group(x.shape[0], C, block_m)
-    return taken, together, flags, {**tile, "num_warps": warps, "num_stages": stages}
+    return taken, together, flags, {**tile, **options(*pipeline)}
 
 
 def _group(N: int, C: int, block_m: int) -> int:

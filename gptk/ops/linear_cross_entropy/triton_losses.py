@@ -125,7 +125,7 @@ def losses(
     """Write loss and lse (N,) float32 for x (N, C), weight (V, C), both in_sixteens, bias (V,),
     target (N,)."""
     (N, C), V = x.shape, weight.shape[0]
-    taken, group, flags, tile = operands(x, weight, "forward", terms)
+    taken, group, flags, tile = operands(x, weight, bias is not None, "forward", terms)
     tiles = triton.cdiv(V, tile["BLOCK_V"])
     smoothed = terms.label_smoothing != 0.0
     partial = x.new_empty((3 if smoothed else 2, tiles, N), dtype=torch.float32)
