@@ -69,6 +69,43 @@ def test_a_table_is_known_by_what_it_is_made_from(tmp_path):
         before = table.sources(tmp_path)
 
 
+def test_a_rare_configuration_may_spill_outside_its_loop_and_not_in_it():
+    assert table.faults([ROW | {"spills": 9, "stack": 8, "loop_spills": 0}]) == []
+    assert "2 accesses" in table.faults([ROW | {"spills": 2, "stack": 8, "loop_spills": 2}])[0]
+    done = run(
+        "--rare",
+        "--arch",
+        "90",
+        "--case",
+        "attention D 192 packed, 4 heads share k, v bf16",
+        "--jobs",
+        "1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "attention_dkdv_kernel" in done.stdout
+    assert run("--rare", "--json", "x.json").returncode == 2
+
+
+SPILLS = """
+.L_x_0:
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0010*/                   {} ;
+        /*0020*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   {} ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize("inside, outside", [(1, 0), (0, 1)])
+def test_spills_of_the_loop_with_the_products_are_counted(inside, outside):
+    from gptk.aot.rare import spills_in_loop
+
+    code = ["IADD3 R1, R1, R2, RZ", "LDL R3, [R1]"]
+    assert spills_in_loop(SPILLS.format(code[inside], code[outside])) == inside
+
+
 def test_every_kernel_that_ships_is_stored():
     from gptk.aot.shipping import cases
 

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from gptk.aot import roofline, summary, table
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"print, store and compare the roofline (sm_{roofline.ARCH}) instead",
     )
+    made.add_argument(
+        "--rare", action="store_true", help="compile seldom configurations (rare.py) instead"
+    )
     made.add_argument("--stored", action="store_true", help="print what is stored, compile nothing")
     made.add_argument(
         "--summary", action="store_true", help="print each kernel's worst stored case as Markdown"
@@ -52,9 +56,14 @@ def main(argv: list[str]) -> int:
         return 0
     os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: here kernels compile
     os.environ[VARIABLE] = ""  # what ships, not what the user measured
-    from gptk.aot.shipping import cases
+    from gptk.aot import rare, shipping
 
-    names = [name for name in cases() if wanted(name, options.case)]
+    if options.rare and (options.json or options.compare or options.roofline):
+        raise UsageError(
+            "--rare is neither stored nor compared: leave --json, --compare, --roofline"
+        )
+    cases = rare.cases() if options.rare else shipping.cases()
+    names = [name for name in cases if wanted(name, options.case)]
     if not names:
         raise UsageError(f"no case has {' or '.join(map(repr, options.case))} in its name")
     archs = options.arch or list(table.ARCHITECTURES)
@@ -67,7 +76,7 @@ def main(argv: list[str]) -> int:
     old = None if options.compare is None else _read(options.compare, options.roofline, archs)
     with tempfile.TemporaryDirectory(prefix="gptk-aot-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what was compiled before does not count
-        rows = compiled(archs, names, options.jobs, options.quiet)
+        rows = compiled(archs, names, options.jobs, options.rare)
     whole = not options.case and set(archs) == set(table.ARCHITECTURES)
     return report(options, rows, old, table.sources() if whole else "a part of the cases")
 
@@ -135,16 +144,17 @@ def show_stored(only_roofline: bool, parts: list[str], archs: list[int] | None) 
     table.show(found | {"rows": [row for row in kept if not archs or row["arch"] in archs]})
 
 
-def compiled(archs: list[int], names: list[str], jobs: int, quiet: bool) -> list[table.Row]:
+def compiled(archs: list[int], names: list[str], jobs: int, seldom: bool) -> list[table.Row]:
     """The rows of all architectures, in order, made by `jobs` processes."""
     parts = [(arch, names[i::4]) for arch in archs for i in range(4)]
     parts = [part for part in parts if part[1]]
+    made = partial(table.rows, seldom=seldom)
     if jobs == 1:
-        found = [table.rows(*part) for part in parts]
+        found = [made(*part) for part in parts]
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            found = list(pool.map(table.rows, *zip(*parts, strict=True)))
+            found = list(pool.map(made, *zip(*parts, strict=True)))
     order = {name: place for place, name in enumerate(names)}
     rows = [row for part in found for row in part]
     return sorted(rows, key=lambda row: (row["arch"], order[row["case"]]))

@@ -39,12 +39,12 @@ def _attention() -> Named:
     }
     for D in (64, 128, 256):
         for name, variant in variants.items():
-            yield f"attention D {D} {name} bf16", partial(_attend, D, torch.bfloat16, **variant)
-    yield "attention D 64 causal fp16", partial(_attend, 64, torch.float16, **plain)
+            yield f"attention D {D} {name} bf16", partial(attend, D, torch.bfloat16, **variant)
+    yield "attention D 64 causal fp16", partial(attend, 64, torch.float16, **plain)
     for D in (64, 128):
         for name in ("causal", "causal dropout"):
             case = f"attention D {D} {name} fp32"
-            yield case, partial(_attend, D, torch.float32, **variants[name])
+            yield case, partial(attend, D, torch.float32, **variants[name])
 
     for D in (64, 128):
         yield f"attention D {D} decode, 4 heads share k, v bf16", partial(_decode, D)
@@ -58,7 +58,7 @@ def _decode(D: int) -> None:
     attention.forward(q, k, k, True, D**-0.5, 0.0, SEED, None)
 
 
-def _attend(
+def attend(
     D: int,
     dtype: torch.dtype,
     causal: bool,
@@ -83,12 +83,12 @@ def _attend(
 def _layer_norm() -> Named:
     for N in (128, 768, 1600, 4096, 8192, 65536):
         for dtype in (torch.bfloat16, torch.float32):
-            yield f"layer_norm N {N} {SHORT[dtype]}", partial(_normalise, N, dtype, False, 0.0)
+            yield f"layer_norm N {N} {SHORT[dtype]}", partial(normalise, N, dtype, False, 0.0)
             name = f"layer_norm N {N} residual dropout {SHORT[dtype]}"
-            yield name, partial(_normalise, N, dtype, True, 0.1)
+            yield name, partial(normalise, N, dtype, True, 0.1)
 
 
-def _normalise(N: int, dtype: torch.dtype, residual: bool, dropout_p: float) -> None:
+def normalise(N: int, dtype: torch.dtype, residual: bool, dropout_p: float) -> None:
     from gptk.ops.layer_norm import triton_impl as layer_norm
 
     x, w = torch.zeros((4, N), dtype=dtype), torch.ones(N)
@@ -134,14 +134,17 @@ def _cross_entropy() -> Named:
         for dtype in (torch.bfloat16, torch.float32):
             yield (
                 f"cross_entropy V {V} {SHORT[dtype]}",
-                partial(_class_loss, V, dtype, 0.0, None, 0.0),
+                partial(class_loss, V, dtype, 0.0, None, 0.0),
             )
         if V == 50304:
-            softcap = partial(_class_loss, V, torch.bfloat16, 0.0, 30.0, 0.0)
+            softcap = partial(class_loss, V, torch.bfloat16, 0.0, 30.0, 0.0)
             yield f"cross_entropy V {V} softcap bf16", softcap
         name = f"cross_entropy V {V} smoothing, softcap, z-loss bf16"
-        yield name, partial(_class_loss, V, torch.bfloat16, 0.1, 30.0, 1e-4)
-    yield "linear_cross_entropy V 50304 fp32", partial(_linear_loss, 768, torch.float32, PLAIN)
+        yield name, partial(class_loss, V, torch.bfloat16, 0.1, 30.0, 1e-4)
+    yield (
+        "linear_cross_entropy V 50304 fp32",
+        partial(linear_loss, 768, torch.float32, PLAIN, False),
+    )
     variants: dict[str, tuple[int, tuple[float, float | None, float]]] = {
         "": (768, PLAIN),
         " C 776": (776, PLAIN),  # tiles do not divide it
@@ -150,10 +153,10 @@ def _cross_entropy() -> Named:
     }
     for name, (C, options) in variants.items():
         case = f"linear_cross_entropy V 50304{name} bf16"
-        yield case, partial(_linear_loss, C, torch.bfloat16, options)
+        yield case, partial(linear_loss, C, torch.bfloat16, options, options != PLAIN)
 
 
-def _class_loss(
+def class_loss(
     V: int, dtype: torch.dtype, smoothing: float, softcap: float | None, z_loss: float
 ) -> None:
     from gptk.ops.cross_entropy import triton_impl as cross_entropy
@@ -167,12 +170,17 @@ def _class_loss(
 PLAIN = (0.0, None, 0.0)
 
 
-def _linear_loss(C: int, dtype: torch.dtype, options: tuple[float, float | None, float]) -> None:
+def linear_loss(
+    C: int,
+    dtype: torch.dtype,
+    options: tuple[float, float | None, float],
+    has_bias: bool,
+) -> None:
     from gptk.ops.linear_cross_entropy import triton_impl as linear_cross_entropy
 
     x, target = torch.zeros((2, C), dtype=dtype), torch.zeros(2, dtype=torch.int64)
     w = torch.zeros((50304, C), dtype=dtype)
-    b = None if options == PLAIN else w.new_zeros(50304)
+    b = w.new_zeros(50304) if has_bias else None
     loss, lse = linear_cross_entropy.forward(x, w, b, target, -100, *options)
     needs, bias_dtype = (True, True, b is not None), None if b is None else dtype
     linear_cross_entropy.backward(

@@ -16,15 +16,18 @@ ARCHITECTURES = (80, 90, 100)
 
 
 def rows(
-    arch: int, names: Sequence[str], say: Callable[[str], object] = lambda _: None
+    arch: int,
+    names: Sequence[str],
+    say: Callable[[str], object] = lambda _: None,
+    seldom: bool = False,
 ) -> list[Row]:
     """One row per case and kernel, compiled in this process; `say` is told each case's name. Those
-    for roofline.ARCH hold their row of the roofline too."""
-    from gptk.aot import roofline
+    for roofline.ARCH hold their row of the roofline too. `seldom`: cases of rare.py, whose rows
+    hold the spills of the main loop."""
+    from gptk.aot import rare, roofline, shipping
     from gptk.aot.compile import compiling
-    from gptk.aot.shipping import cases
 
-    launches = cases()
+    launches = rare.cases() if seldom else shipping.cases()
     found: dict[tuple[str, str], Row] = {}
     with compiling(arch) as made:
         for name in names:
@@ -38,7 +41,9 @@ def rows(
                 row |= usage.pop("counts") | usage | {"seconds": round(one.seconds, 2)}
                 if (name, row["kernel"]) not in found:
                     found[name, row["kernel"]] = row
-                    if arch == roofline.ARCH:
+                    if seldom:
+                        row["loop_spills"] = rare.spills_in_loop(one.sass) if row["spills"] else 0
+                    elif arch == roofline.ARCH:
                         what = (row["kernel"], one.sass, one.warps, one.arguments)
                         row["roofline"] = roofline.row(name, *what)
     return list(found.values())
@@ -74,10 +79,11 @@ def read(path: Path) -> Stored:
 
 
 def faults(found: Sequence[Row]) -> list[str]:
-    """What no kernel that ships may have, in sentences."""
+    """What no kernel that ships may have, in sentences; a rare one may spill outside its loop."""
     said = []
     for row in found:
-        if row["spills"] or row["stack"]:
+        spills = row.get("loop_spills", row["spills"] or row["stack"])
+        if spills:
             what = f"{row['spills']} accesses of local memory, {row['stack']} bytes of stack"
             said.append(f"{place(row)}: {what}")
         if not row["occupancy"]:
