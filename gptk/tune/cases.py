@@ -96,7 +96,8 @@ def shipped(case: Case, arch: int) -> Config:
     if case.kernel == "layer_norm.forward":
         return layer_norm.launch_config(case.width, 4)
     if case.kernel == "layer_norm.backward":
-        return triton_backward.launch_config(case.width, 4, case.kind == "dropout")
+        crowded = triton_backward.is_crowded(case.kind == "dropout", case.dtype.itemsize, arch)
+        return triton_backward.launch_config(case.width, 4, crowded)
     if case.op == "cross_entropy":
         return tuple(cross_entropy.launch_config(case.width, case.kind == "softcap").values())
     if case.op == "linear_cross_entropy":

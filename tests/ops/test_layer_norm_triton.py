@@ -237,7 +237,7 @@ def test_a_block_holds_the_row_or_divides_it():
                 block_m, block_n, warps = module.launch_config(N, itemsize)
                 assert block_n >= N or N > widest
                 assert block_m * block_n <= max(1024, widest)
-                wide = triton_backward.launch_config(N, itemsize, dropout=True)
+                wide = triton_backward.launch_config(N, itemsize, crowded=True)
                 assert wide[1] >= N or N > widest // 2
                 assert block_n & (block_n - 1) == block_m & (block_m - 1) == 0
                 assert warps in (4, 8, 16)

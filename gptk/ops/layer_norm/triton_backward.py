@@ -27,16 +27,21 @@ from gptk.ops.tuning import user_row
 GROUPS = 256  # about two programs for each multiprocessor of a large GPU
 
 
-def launch_config(N: int, itemsize: int, dropout: bool = False) -> tuple[int, int, int]:
+def launch_config(N: int, itemsize: int, crowded: bool = False) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps) for rows of N; `itemsize` is that of the accumulators.
 
-    Rows up to 32 KiB are one block, 16 KiB with dropout, whose mask takes registers; wider ones are
-    walked in blocks of 8 KiB.
+    Rows up to 32 KiB are one block, 16 KiB where a thread holds more than them (is_crowded); wider
+    ones are walked in blocks of 8 KiB.
     """
     block_n = max(16, triton.next_power_of_2(N))
-    if block_n * itemsize > (16384 if dropout else 32768):
+    if block_n * itemsize > (16384 if crowded else 32768):
         return 1, 8192 // itemsize, 8
     return max(1, 512 // block_n), block_n, 4 if block_n <= 1024 else 8 if block_n <= 4096 else 16
+
+
+def is_crowded(has_dropout: bool, dh_itemsize: int, arch: int) -> bool:
+    """Whether the mask, or on Blackwell a float32 dh, would not fit beside a row of 32 KiB."""
+    return has_dropout or (dh_itemsize >= 4 and arch >= 100)
 
 
 @triton.jit
@@ -234,7 +239,8 @@ def backward(
     has_dropout = dropout_p > 0.0
     kind = "dropout" if has_dropout else "plain"
     asked = (architecture(device), 8 * h.dtype.itemsize, N, kind)
-    config = user_row("layer_norm.backward", *asked) or launch_config(N, acc.itemsize, has_dropout)
+    crowded = is_crowded(has_dropout, 0 if dh is None else dh.element_size(), asked[0])
+    config = user_row("layer_norm.backward", *asked) or launch_config(N, acc.itemsize, crowded)
     block_m, block_n, num_warps = config
     one_block = block_n >= N
     groups = min(triton.cdiv(M, block_m if one_block else 8), GROUPS)
