@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from gptk import cli, info
@@ -229,6 +230,40 @@ MODULES = {
     "linear": ("triton_impl",),
     "linear_cross_entropy": ("triton_losses", "triton_dlogits"),
 }
+
+
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "promote_types"}
+FREE |= {"alias", "select", "slice", "transpose", "view"}
+"""Operations of torch that take no time on a GPU."""
+ADDS_UP = ("linear_cross_entropy.backward",)
+"""Those that leave partial sums of the bias: as many as the configuration says, so adding them counts."""
+SMALL = {(c.kernel, c.kind): c for c in sorted(cases(torch.float16), key=lambda c: -c.width)}
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel, kind", SMALL)
+def test_what_is_timed_is_the_kernels_alone(kernel, kind, monkeypatch):
+    case = SMALL[kernel, kind]
+    for name in MODULES[case.op]:
+        monkeypatch.setattr(f"gptk.ops.{case.op}.{name}.launch", lambda *args, **meta: None)
+    with tuning.trial({}):
+        timed = work(case, "cpu", 10).timed
+        timed()  # makes what all candidates share
+        with Operations() as seen:
+            timed()
+    expected = {"sum"} if kernel in ADDS_UP else set()
+    assert seen.names - FREE <= expected
 
 
 class Clock:
