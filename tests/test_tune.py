@@ -236,7 +236,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "promote_types"}
 FREE |= {"alias", "select", "slice", "transpose", "view"}
 """Operations of torch that take no time on a GPU."""
 ADDS_UP = ("linear_cross_entropy.backward",)
-"""Those that leave partial sums of the bias: as many as the configuration says, so adding them counts."""
+"""Leaves partial sums of the bias, as many as the configuration says: adding them counts."""
 SMALL = {(c.kernel, c.kind): c for c in sorted(cases(torch.float16), key=lambda c: -c.width)}
 
 

@@ -166,7 +166,7 @@ def _attention(case: Case, device: str, tokens: int) -> Work:
     documents: dict[object, Ranges] = {}
 
     def seen_by(causal: bool, window: int | None) -> Ranges | None:
-        """Who sees whom in packed documents, computed once: no kernel of the row has a part in it."""
+        """Who sees whom in packed documents, computed once: it is no part of a kernel."""
         if packed and (causal, window) not in documents:
             documents[causal, window] = ranges((ends, ends), T, T, causal, window)
         return documents.get((causal, window))
