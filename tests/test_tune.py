@@ -373,14 +373,24 @@ def test_the_verb_writes_what_later_processes_use(gpu, capsys, monkeypatch):
     assert f"{gpu}: 4 rows written; later processes use it" in said
     assert "gelu.forward, 16 bits, gelu_tanh: [1024, 4] 1.0000 ms -> [512, 2] 0.5000 ms" in said
     tuning.forget()
-    assert tuning.user_row("gelu.forward", 90, 16, 0, "gelu_tanh") == (512, 2)
+    with pytest.warns(RuntimeWarning, match="gptk 1 then"):
+        assert tuning.user_row("gelu.forward", 90, 16, 0, "gelu_tanh") == (512, 2)
     tuning.forget()
-    assert info._tuning(90).startswith(f"{gpu}: 4 rows, a GPU (sm_90), today; gptk 1 then")
+    assert info._tuning(90).startswith(f"{gpu}: 4 rows, a GPU (sm_90), today; gptk 1 then, ")
     assert "no GPU" in info._tuning(0)
     monkeypatch.setenv("GPTK_TUNING", "")
     assert info._tuning(90) == "what ships (GPTK_TUNING is empty)"
     monkeypatch.setenv("GPTK_TUNING", str(gpu))
     assert "refused: " in info._tuning(80)
+
+
+def test_info_compares_the_gpu(gpu, monkeypatch):
+    gpu.parent.mkdir()
+    tune.write(gpu, tune.content(HEADER | tuning_file.versions(), None, {}))
+    monkeypatch.setattr(tuning_file, "_gpus", lambda arch: ["a GPU"] if arch == 90 else [])
+    assert info._tuning(90) == f"{gpu}: 0 rows, a GPU (sm_90), today"
+    monkeypatch.setattr(tuning_file, "_gpus", lambda arch: ["a GPU", "another"])
+    assert info._tuning(90).endswith("today; gpu a GPU then, another now")
 
 
 def test_out_names_another_file(gpu, capsys, tmp_path):

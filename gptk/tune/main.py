@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import gptk
 from gptk.flags import Failure, UsageError
 from gptk.ops import tuning, tuning_file
 from gptk.ops.tuning_file import FORMAT, KERNELS, VARIABLE, Content, Key
@@ -129,16 +128,13 @@ def described(key: Key, choice: Choice | Refused) -> list[str]:
 
 def _facts(arch: int) -> Content:
     """What a file says of where it was measured."""
-    import triton
-
+    now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "format": FORMAT,
         "gpu": torch.cuda.get_device_name(),
         "arch": arch,
-        "gptk": gptk.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **tuning_file.versions(),
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

@@ -1,8 +1,10 @@
 """Launch configurations come from a table: each call has one, by its sizes and the GPU alone."""
 
 import json
+import re
 
 import pytest
+import torch
 
 from gptk.ops import tuning, tuning_file
 from gptk.ops.tuning import tuned, user_row
@@ -79,7 +81,7 @@ OWN = row([64, 32, 4, 3], 128)
 def content(kernel="attention.forward", rows=(OWN,), **changes):
     """A user's file with the rows of one kernel."""
     part = {"parameters": list(KERNELS[kernel].parameters), "rows": list(rows)}
-    words = dict.fromkeys(tuning_file.STRINGS, "?")
+    words = {"gpu": "a GPU", "date": "today", **tuning_file.versions()}
     return {"format": 1, "arch": 90, **words, "kernels": {kernel: part}, **changes}
 
 
@@ -128,6 +130,65 @@ def test_the_file_is_read_once(use):
     first = tuned("attention", "forward", 90, 16, 128, "plain")
     path.unlink()
     assert tuned("attention", "forward", 90, 16, 65, "plain") == first
+
+
+def ask(arch=90):
+    """What a launch asks first."""
+    return user_row("attention.forward", arch, 16, 128, "plain")
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Makes this machine one with these GPUs, of (name, compute capability)."""
+
+    def have(*gpus):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: gpus[i][0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: gpus[i][1])
+
+    return have
+
+
+HERE = {name: re.escape(version) for name, version in tuning_file.versions().items()}
+CHANGES = {
+    "gpu": ({"gpu": "NVIDIA H200"}, "gpu NVIDIA H200 then, NVIDIA H100 now"),
+    "triton": ({"triton": "2"}, rf"triton 2 then, {HERE['triton']} now"),
+    "gptk": ({"gptk": "0.0"}, rf"gptk 0\.0 then, {HERE['gptk']} now"),
+    "more": ({"gptk": "0.0", "triton": "2"}, r"gptk 0\.0 then, .* now, triton 2 then, .* now"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_of_another_gpu_or_version_is_used_with_one_warning(use, cards, name):
+    changes, words = CHANGES[name]
+    cards(("NVIDIA A100", (8, 0)), ("NVIDIA H100", (9, 0)))
+    path = use(content(**({"gpu": "NVIDIA H100"} | changes)))
+    with pytest.warns(RuntimeWarning, match=words) as given:
+        assert ask() == tuple(OWN["config"])
+    (warning,) = given
+    assert str(warning.message).startswith(f"the tuning file {path} was measured on another GPU")
+    assert str(warning.message).endswith(tuning_file.REMEDY)
+    tuning.forget()
+    ask()  # any further one would be an error
+
+
+def test_a_file_of_what_is_here_is_used_without_a_warning(use, cards):
+    cards(("NVIDIA A100", (8, 0)), ("NVIDIA H100", (9, 0)))
+    use(content(gpu="NVIDIA H100", torch="1"))
+    assert ask() == tuple(OWN["config"])
+    use(content(gpu="NVIDIA H200", triton="2", gptk="0.0"))
+    assert ask(arch=0) == tuple(OWN["config"]), "the interpreter takes that of any GPU"
+
+
+def test_what_a_file_was_measured_with_is_compared_when_it_is_read_alone(use, monkeypatch):
+    compared = []
+    monkeypatch.setattr(tuning_file, "changes", lambda content, arch: compared.append(arch) or {})
+    use(content())
+    for D in (64, 128, 64, 256):
+        tuned("attention", "forward", 90, 16, D, "plain")
+        user_row("attention.dq", 90, 16, D, "plain")
+    assert compared == [90]
 
 
 @pytest.mark.parametrize("named, reads", [(False, True), (True, False)])
