@@ -1,7 +1,10 @@
 """`gptk tune`: which configuration is chosen, what the file says, and that a row of it is used."""
 
+import errno
 import json
+import os
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,6 +402,50 @@ def test_out_names_another_file(gpu, capsys, tmp_path):
     assert f"to use it: GPTK_TUNING={out}" in capsys.readouterr().out
     assert json.loads(out.read_text())["gpu"] == "a GPU"
     assert not gpu.exists()
+
+
+WRONG_PLACES = {
+    "no such folder": (Path("/proc/nothing/own.json"), "cannot be written (No such file"),
+    "a file as its folder": (Path("file/own.json"), "cannot be written (File exists)"),
+    "a file as a folder above": (Path("file/new/own.json"), "cannot be written (Not a directory)"),
+    "a long name": (Path("x" * 300), "cannot be written (File name too long)"),
+    "a folder": (Path("folder"), "is a folder"),
+    "a device": (Path(os.devnull), "is no regular file"),
+}
+
+
+@pytest.mark.parametrize("variable", [False, True], ids=["--out", "GPTK_TUNING"])
+@pytest.mark.parametrize("name", WRONG_PLACES)
+def test_where_no_file_can_be_written_nothing_is_measured(
+    gpu, monkeypatch, capsys, tmp_path, name, variable
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder").mkdir()
+    place, words = WRONG_PLACES[name]
+    if variable:
+        monkeypatch.setenv("GPTK_TUNING", str(place))
+    assert cli.main(["tune", "--op=gelu", *([] if variable else [f"--out={place}"])]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"gptk tune: the tuning file {place} {words}")
+    assert said.err.endswith("; name another place: --out FILE\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_disk_that_fills_up_is_a_sentence_and_keeps_the_rows(gpu, monkeypatch, capsys):
+    def full(draft, text, encoding):
+        if "gelu.backward" in text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(draft, text, encoding)
+
+    write_text = Path.write_text
+    monkeypatch.setattr(Path, "write_text", full)
+    assert cli.main(["tune", "--quick", "--op=gelu"]) == 1
+    words = f"the tuning file {gpu} cannot be written (No space left on device); name another"
+    assert capsys.readouterr().err.startswith(f"gptk tune: {words}")
+    assert list(tuning_file.read(gpu, 90)["kernels"]) == ["gelu.forward"]
+    assert [p.name for p in gpu.parent.iterdir()] == [gpu.name], "a draft is left"
 
 
 def test_a_row_that_cannot_be_measured_is_said_and_the_others_are_kept(gpu, capsys, monkeypatch):

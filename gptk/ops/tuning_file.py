@@ -107,7 +107,7 @@ def in_use(arch: int) -> Path | None:
     if named is not None:
         return Path(named) if named else None
     place = default_place(arch)
-    return place if arch and place.exists() else None
+    return place if arch and os.path.exists(place) else None  # False, too, where none may look
 
 
 def read(path: Path, arch: int) -> Content:
@@ -116,11 +116,14 @@ def read(path: Path, arch: int) -> Content:
     Raises:
         TuningFileError: it is missing, malformed, of another format or another GPU's.
     """
-    if not path.exists():
-        remedy = f"make it: gptk tune --out {path}; or go without it: {VARIABLE}="
-        raise TuningFileError(f"there is no tuning file {path}; {remedy}")
     try:
         content = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = f"make it: gptk tune --out {path}; or go without it: {VARIABLE}="
+        raise TuningFileError(f"there is no tuning file {path}; {remedy}") from None
+    except IsADirectoryError:
+        remedy = f"name a file: {VARIABLE}=FILE; or go without one: {VARIABLE}="
+        raise TuningFileError(f"{path} is a folder, not a tuning file; {remedy}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise _refused(path, f"cannot be read ({reason})") from None

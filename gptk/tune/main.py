@@ -1,6 +1,7 @@
 """`gptk tune`: measure launch configurations on this machine's GPU and write those that won."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
     header = _facts(arch)
     named = os.environ.get(VARIABLE)
     place = options.out or (Path(named) if named else tuning_file.default_place(arch))
+    check_place(place)
     held = before(place, header)
     half = torch.bfloat16 if arch >= 80 else torch.float16
     chosen = [
@@ -138,6 +140,34 @@ def _facts(arch: int) -> Content:
     }
 
 
+def check_place(place: Path) -> None:
+    """UsageError unless a file can be written there; known before anything is measured."""
+    try:
+        if place.exists() and not place.is_file():
+            kind = "a folder" if place.is_dir() else "no regular file"
+            raise UsageError(f"the tuning file {place} is {kind}; name another place: --out FILE")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _draft(place) as draft:
+            draft.write_text("", "utf-8")
+    except OSError as error:
+        raise UsageError(_unwritten(place, error)) from None
+
+
+@contextlib.contextmanager
+def _draft(place: Path) -> Iterator[Path]:
+    """Where to write what then takes the place at once; gone at the end."""
+    draft = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _unwritten(place: Path, error: OSError) -> str:
+    reason = error.strerror or type(error).__name__
+    return f"the tuning file {place} cannot be written ({reason}); name another place: --out FILE"
+
+
 def before(place: Path, header: Content) -> Content | None:
     """The file that is already there, whose other rows stay; None where there is none.
 
@@ -178,7 +208,11 @@ def content(header: Content, held: Content | None, measured: Measured) -> Conten
 
 
 def write(place: Path, made: Content) -> None:
-    """Store a file, one row a line, whole or not at all."""
+    """Store a file, one row a line, whole or not at all.
+
+    Raises:
+        Failure: there is no room, say.
+    """
     head = {name: value for name, value in made.items() if name != "kernels"}
     parts = []
     for kernel, part in made["kernels"].items():
@@ -186,13 +220,13 @@ def write(place: Path, made: Content) -> None:
         names = json.dumps(part["parameters"])
         parts.append(f' {json.dumps(kernel)}: {{"parameters": {names}, "rows": [\n    {lines}]}}')
     text = json.dumps(head)[:-1] + ',\n"kernels": {\n' + ",\n".join(parts) + "\n}}\n"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = place.with_name(f"{place.name}.{os.getpid()}")
     try:
-        draft.write_text(text, "utf-8")
-        os.replace(draft, place)
-    finally:
-        draft.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _draft(place) as draft:
+            draft.write_text(text, "utf-8")
+            os.replace(draft, place)
+    except OSError as error:
+        raise Failure(_unwritten(place, error)) from None
 
 
 def _use(place: Path, used: Path | None) -> str:

@@ -207,6 +207,12 @@ def test_the_default_place_is_read_unless_the_variable_is_set(
     assert user_row("attention.forward", 0, 16, 128, "plain") is None
 
 
+def test_a_default_place_that_cannot_be_looked_at_has_no_file(monkeypatch):
+    monkeypatch.delenv("GPTK_TUNING")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/" + "x" * 300)  # as a home that others may not enter
+    assert tuning_file.in_use(90) is None
+
+
 def test_the_interpreter_takes_a_named_file_of_any_gpu(use):
     use(content())
     assert tuned("attention", "forward", 0, 16, 128, "plain") == (64, 32, 4, 3)
@@ -255,9 +261,21 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(use, name):
     assert "\n" not in said
 
 
-def test_a_named_file_that_is_missing_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("GPTK_TUNING", str(tmp_path / "none.json"))
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("none.json", r"no tuning file .*none\.json; make it: gptk tune"),
+        ("file/own.json", r"no tuning file .*own\.json; make it: gptk tune"),
+        ("folder", r"folder is a folder, not a tuning file; name a file: GPTK_TUNING=FILE; or go"),
+        ("x" * 300, r"x cannot be read \(File name too long\)"),
+    ],
+    ids=["missing", "in a file", "a folder", "long"],
+)
+def test_a_named_file_that_is_none_is_refused(monkeypatch, tmp_path, name, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setenv("GPTK_TUNING", str(tmp_path / name))
     tuning.forget()
-    with pytest.raises(TuningFileError, match=r"no tuning file .*none\.json; make it"):
+    with pytest.raises(TuningFileError, match=words):
         tuned("attention", "forward", 90, 16, 64, "plain")
     tuning.forget()
