@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import statistics
+import weakref
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,20 @@ def test_what_does_not_run_is_refused_unless_the_gpu_is_lost(runner, monkeypatch
         runner.run((32, 1))
 
 
+def test_without_free_memory_the_gpu_is_not_lost(monkeypatch):
+    def fails(error):
+        def zeros(*args, **kwargs):
+            raise error("no room")
+
+        return zeros
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", fails(torch.OutOfMemoryError))
+    assert gpu_module._works()
+    monkeypatch.setattr(torch, "zeros", fails(RuntimeError))
+    assert not gpu_module._works()
+
+
 class OneRunner(Mocked):
     """Every candidate but the first takes half of the shipped time; `failing` ops do not run."""
 
@@ -454,8 +469,78 @@ def test_a_row_that_cannot_be_measured_is_said_and_the_others_are_kept(gpu, caps
     said = capsys.readouterr()
     assert "linear.epilogue, 16 bits, size 1024, gelu_tanh: not measured" in said.out
     assert "no room" in said.out
-    assert "2 of 4 rows were not measured" in said.err
+    assert "2 of 4 rows were not measured, for the reasons above; what ships stays" in said.err
     assert len(tuning_file.read(gpu, 90)["kernels"]) == 2
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+@pytest.mark.parametrize("where", ["the work", "its times"])
+def test_a_row_that_finds_no_memory_is_refused_and_frees_what_it_held(
+    gpu, capsys, monkeypatch, where
+):
+    held, alive = [], []
+
+    class Full(OneRunner):
+        def times(self, configs):
+            return fills_up(self) if where == "its times" else super().times(configs)
+
+    def fills_up(runner):
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError(f"{FULL}\nsecond line")
+
+    def runner(case, rounds):
+        alive.append([ref() is not None for ref in held])
+        if case.kernel == "gelu.forward":
+            return Full(case) if where == "its times" else fills_up(None)
+        return OneRunner(case)
+
+    monkeypatch.setattr(gpu_module, "_works", lambda: True)
+    monkeypatch.setattr(tune, "_runner", runner)
+    assert cli.main(["tune", "--quick", "--op", "gelu"]) == 1
+    said = capsys.readouterr()
+    row = "gelu.forward, 16 bits, gelu_tanh: not measured: OutOfMemoryError: " + FULL
+    assert row in said.out.splitlines()
+    assert said.err.startswith("gptk tune: 1 of 2 rows were not measured")
+    assert list(tuning_file.read(gpu, 90)["kernels"]) == ["gelu.backward"]
+    assert alive == [[], [False]], "the next row finds the memory of this one taken"
+
+
+def test_a_gpu_that_is_lost_while_it_is_timed_is_a_sentence(gpu, capsys, monkeypatch):
+    def times(runner, configs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_module, "_works", lambda: False)
+    monkeypatch.setattr(OneRunner, "times", times)
+    assert cli.main(["tune", "--quick", "--op", "gelu"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gptk tune: gelu.forward broke this process's use of the GPU (Runtime")
+    assert said.count("\n") == 1
+
+
+def test_a_gpu_that_cannot_be_reached_is_a_sentence(gpu, capsys, monkeypatch):
+    def architecture():
+        raise RuntimeError("CUDA error: out of memory\nsecond line")
+
+    monkeypatch.setattr(tune, "_architecture", architecture)
+    assert cli.main(["tune"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gptk tune: the GPU cannot be used (RuntimeError: CUDA error: out of")
+    assert said.endswith("; nvidia-smi shows what else uses it\n")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_remedy_for_too_little_memory_is_one_of_the_verb(capsys, monkeypatch, verb):
+    def fails(argv):
+        raise MemoryError("no room")
+
+    monkeypatch.setitem(cli.VERBS, verb, (fails, ""))
+    assert cli.main([verb]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"gptk {verb}: out of memory (no room); ")
+    assert ("--n-embd" in said) == (verb == "train")
 
 
 def test_rows_measured_before_a_failure_are_kept(gpu, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from gptk.ops.tuning_file import FORMAT, KERNELS, VARIABLE, Content, Key
 from gptk.tune.cases import Case, cases, shipped, work
 from gptk.tune.cases import candidates as candidates_of
 from gptk.tune.choose import Choice, Refused, Runner, choose
+from gptk.tune.gpu import GpuRunner, first_line, refusing
 
 ROUNDS, QUICK_ROUNDS = 50, 20
 OPS = sorted({kernel.partition(".")[0] for kernel in KERNELS})
@@ -48,8 +49,12 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = parser().parse_args(argv)
     _need_a_gpu()
-    arch = _architecture()
-    header = _facts(arch)
+    try:
+        arch = _architecture()
+        header = _facts(arch)
+    except RuntimeError as error:
+        words = f"the GPU cannot be used ({first_line(error)}); nvidia-smi shows what else uses it"
+        raise Failure(words) from None
     named = os.environ.get(VARIABLE)
     place = options.out or (Path(named) if named else tuning_file.default_place(arch))
     check_place(place)
@@ -71,7 +76,8 @@ def main(argv: list[str]) -> int:
         used = tuning_file.in_use(arch)
         print(f"{place}: {len(measured)} rows written; {_use(place, used)}")
     if len(measured) < len(chosen):
-        raise Failure(f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured")
+        missing = f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured"
+        raise Failure(f"{missing}, for the reasons above; what ships stays in use for them")
     return 0
 
 
@@ -96,8 +102,6 @@ def _architecture() -> int:
 
 
 def _runner(case: Case, rounds: int) -> Runner:
-    from gptk.tune.gpu import GpuRunner
-
     return GpuRunner(case, work(case, "cuda"), rounds)
 
 
@@ -106,21 +110,25 @@ def measure(
     arch: int,
     runner: Callable[[Case], Runner],
 ) -> Iterator[tuple[Key, Choice | Refused]]:
-    """Each case's choice, or why what ships does not run."""
+    """Each case's choice, or why it has none."""
     for case in chosen:
-        result: Choice | Refused
         with tuning.trial({}):  # no user's file, and no earlier row, has a part in it
-            try:
-                result = choose(shipped(case, arch), candidates_of(case), runner(case))
-            except Refused as error:
-                result = error
+            result = _measured(case, arch, runner)
         yield case.key, result
+
+
+def _measured(case: Case, arch: int, runner: Callable[[Case], Runner]) -> Choice | Refused:
+    try:
+        with refusing(case.kernel):
+            return choose(shipped(case, arch), candidates_of(case), runner(case))
+    except Refused as error:
+        return Refused(str(error))  # another one: the traceback of this one holds the row's tensors
 
 
 def described(key: Key, choice: Choice | Refused) -> list[str]:
     """A row in words: what was chosen, what was left out and why."""
     if isinstance(choice, Refused):
-        return [f"{tuning_file.shown(key)}: not measured, what ships does not run: {choice}"]
+        return [f"{tuning_file.shown(key)}: not measured: {choice}"]
     was = f"{list(choice.shipped)} {choice.shipped_ms:.4f} ms"
     kept = choice.config == choice.shipped
     now = "kept" if kept else f"-> {list(choice.config)} {choice.config_ms:.4f} ms"
