@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import statistics
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ from gptk.flags import Failure, UsageError
 from gptk.ops import triton_launch, tuning, tuning_file
 from gptk.tune import gpu as gpu_module
 from gptk.tune import main as tune
+from gptk.tune import progress as progress_module
 from gptk.tune.cases import Work, candidates, cases, shipped, work
 from gptk.tune.choose import Choice, Outcome, Refused, beats, choose, differs
 
@@ -411,6 +413,49 @@ def test_info_compares_the_gpu(gpu, monkeypatch):
     assert info._tuning(90).endswith("today; gpu a GPU then, another now")
 
 
+def test_a_run_says_what_is_to_come_and_where_it_is(gpu, capsys, monkeypatch):
+    seconds = iter(range(0, 10**6, 4))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(seconds))
+    assert cli.main(["tune", "--quick", "--op", "gelu"]) == 0
+    first, *said = capsys.readouterr().out.splitlines()
+    with tuning.trial({}):
+        found = [case for case in cases(torch.bfloat16) if case.op == "gelu" and case.quick]
+        forward, backward = (len({shipped(c, 90), *candidates(c)}) for c in found)
+    assert first.startswith(f"2 rows, {forward + backward} configurations, each of which is comp")
+    rows = [line for line in said if line.startswith("row ")]
+    assert rows[0] == f"row 1 of 2: gelu.forward, 16 bits, gelu_tanh, {forward} configurations"
+    assert rows[1].startswith(f"row 2 of 2: gelu.backward, 16 bits, gelu_tanh, {backward} conf")
+    assert re.search(r"about \d+:\d\d left$", rows[1])
+    steps = [line for line in said if line.startswith("    configuration ")]
+    assert len(steps) >= 4
+    assert re.fullmatch(rf"    configuration 3 of {forward}: \[\d+, \d\]", steps[0])
+    assert any(line.startswith("    timing ") for line in said)
+
+
+def test_on_a_terminal_a_bar_counts_the_configurations(capsys):
+    pytest.importorskip("rich")
+    with progress_module.Progress([2, 3], bar=True) as shown:
+        for name, size in (("a [b]", 2), ("c", 3)):
+            shown.begin(name)
+            for i in range(size):
+                shown.tries((i, 4))
+        shown.say("left out [256, 4]: why")
+        (task,) = shown._bar.tasks
+    assert (task.completed, task.total, task.description) == (4, 5, "row 2 of 2: c")
+    assert "left out [256, 4]: why\n" in capsys.readouterr().out
+
+
+def test_help_counts_the_rows_and_candidates(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    every = cases(torch.bfloat16)
+    quick = [case for case in every if case.quick]
+    for found, words in ((every, "There are"), (quick, "with --quick")):
+        count = sum(len(candidates(case)) for case in found)
+        assert f"{words} {len(found)} rows with {count:,} candidates" in said
+
+
 def test_out_names_another_file(gpu, capsys, tmp_path):
     out = tmp_path / "mine.json"
     assert cli.main(["tune", "--quick", "--op", "gelu", "--out", str(out)]) == 0
@@ -469,7 +514,7 @@ def test_a_row_that_cannot_be_measured_is_said_and_the_others_are_kept(gpu, caps
     said = capsys.readouterr()
     assert "linear.epilogue, 16 bits, size 1024, gelu_tanh: not measured" in said.out
     assert "no room" in said.out
-    assert "2 of 4 rows were not measured, for the reasons above; what ships stays" in said.err
+    assert "2 of 4 rows were not measured, for the reasons above, and stay as they" in said.err
     assert len(tuning_file.read(gpu, 90)["kernels"]) == 2
 
 

@@ -18,6 +18,7 @@ from gptk.tune.cases import Case, cases, shipped, work
 from gptk.tune.cases import candidates as candidates_of
 from gptk.tune.choose import Choice, Refused, Runner, choose
 from gptk.tune.gpu import GpuRunner, first_line, refusing
+from gptk.tune.progress import Progress, Watched
 
 ROUNDS, QUICK_ROUNDS = 50, 20
 OPS = sorted({kernel.partition(".")[0] for kernel in KERNELS})
@@ -26,12 +27,17 @@ Measured = dict[Key, Choice]
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the verb."""
+    every = cases(torch.bfloat16)
+    quick = [case for case in every if case.quick]
     made = argparse.ArgumentParser(
         prog="gptk tune",
         description="Measures launch configurations of the Triton kernels on this machine's GPU "
         "and writes a file that every later process reads. What ships is kept unless another "
         "configuration computes the same, spills no registers and is faster by more than the "
-        "noise: the largest of 2 % and the interquartile ranges of both, in two measurements.",
+        "noise: the largest of 2 % and the interquartile ranges of both, in two measurements. "
+        f"There are {_counted(every)}, with --quick {_counted(quick)}; each candidate is compiled, "
+        "which takes seconds, so that --quick takes minutes and the whole hours. Each row is "
+        "written when it is measured: --op after --op gives the same file.",
         epilog=f"{VARIABLE}=FILE names the file to write and to use, {VARIABLE}= uses none; where "
         f"it is not set, the place is {tuning_file.default_place(90)} (for sm_90).",
     )
@@ -43,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="fewer sizes, 16 bits only, fewer repetitions"
     )
     return made
+
+
+def _counted(chosen: Sequence[Case]) -> str:
+    return f"{len(chosen)} rows with {sum(len(candidates_of(c)) for c in chosen):,} candidates"
 
 
 def main(argv: list[str]) -> int:
@@ -67,17 +77,21 @@ def main(argv: list[str]) -> int:
     ]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     measured: Measured = {}
-    for key, result in measure(chosen, arch, lambda case: _runner(case, rounds)):
-        print("\n".join(described(key, result)), flush=True)
-        if isinstance(result, Choice):
-            measured[key] = result
-            write(place, content(header, held, measured))  # at once: what is measured stays
+    with tuning.trial({}):
+        sizes = [len({shipped(case, arch), *candidates_of(case)}) for case in chosen]
+    with Progress(sizes) as progress:
+        for key, result in measure(chosen, arch, lambda case: _runner(case, rounds), progress):
+            for line in described(key, result):
+                progress.say(line)
+            if isinstance(result, Choice):
+                measured[key] = result
+                write(place, content(header, held, measured))  # at once: what is measured stays
     if measured:
         used = tuning_file.in_use(arch)
         print(f"{place}: {len(measured)} rows written; {_use(place, used)}")
     if len(measured) < len(chosen):
         missing = f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured"
-        raise Failure(f"{missing}, for the reasons above; what ships stays in use for them")
+        raise Failure(f"{missing}, for the reasons above, and stay as they were")
     return 0
 
 
@@ -109,11 +123,13 @@ def measure(
     chosen: Sequence[Case],
     arch: int,
     runner: Callable[[Case], Runner],
+    progress: Progress,
 ) -> Iterator[tuple[Key, Choice | Refused]]:
     """Each case's choice, or why it has none."""
     for case in chosen:
+        progress.begin(tuning_file.shown(case.key))
         with tuning.trial({}):  # no user's file, and no earlier row, has a part in it
-            result = _measured(case, arch, runner)
+            result = _measured(case, arch, lambda case: Watched(runner(case), progress))
         yield case.key, result
 
 
