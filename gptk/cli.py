@@ -46,6 +46,8 @@ def _tune(argv: list[str]) -> int:
     return tune.main(argv)
 
 
+SMALLER = {"train": "take a smaller --n-embd, --n-layer, --block-size or --batch-size"}
+"""How a verb does with less memory."""
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a GPT on text"),
     "sample": (_sample, "let a trained GPT continue a prompt"),
@@ -121,7 +123,7 @@ def _run(verb: str, argv: list[str]) -> int:
         if not _is_out_of_memory(error):
             raise
         first = str(error).strip().splitlines()[:1] or ["no memory is left"]
-        remedy = "take a smaller --n-embd, --n-layer, --block-size or --batch-size"
+        remedy = SMALLER.get(verb, "end other programs that use it, or take a machine with more")
         return _fail(f"gptk {verb}", f"out of memory ({first[0]}); {remedy}", 1)
 
 

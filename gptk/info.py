@@ -81,10 +81,8 @@ def _tuning(arch: int) -> str:
     except tuning_file.TuningFileError as error:
         return f"refused: {error}"
     count = len(tuning_file.rows(content, path))
-    versions = {"gptk": gptk.__version__, "torch": torch.__version__, "triton": _version("triton")}
-    old = [f"{n} {content[n]} then" for n, now in versions.items() if content[n] != now]
     line = f"{path}: {count} rows, {content['gpu']} (sm_{content['arch']}), {content['date']}"
-    return "; ".join([line, *old])
+    return "; ".join([line, *tuning_file.changes(content, arch).values()])
 
 
 def backends() -> list[str]:

@@ -13,6 +13,7 @@ the same configuration, and gives the same bits, in every process.
 import contextlib
 import functools
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,28 @@ def _user_rows(arch: int) -> Mapping[Key, Config]:
     if _trial is not None:
         return _trial
     path = tuning_file.in_use(arch)
-    return {} if path is None else tuning_file.rows(tuning_file.read(path, arch), path)
+    if path is None:
+        return {}
+    content = tuning_file.read(path, arch)
+    if arch:  # the interpreter is slow with any configuration
+        _warn_of(path, tuning_file.changes(content, arch))
+    return tuning_file.rows(content, path)
+
+
+_warned: set[Path] = set()
+
+
+def _warn_of(path: Path, changes: Mapping[str, str]) -> None:
+    """Say once per process that a file was measured with other things; torch compiles no kernel."""
+    words = ", ".join(text for name, text in changes.items() if name != "torch")
+    if words and path not in _warned:
+        _warned.add(path)
+        warnings.warn(
+            f"the tuning file {path} was measured on another GPU or with other versions ({words}): "
+            f"its configurations may be slow here; {tuning_file.REMEDY}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager

@@ -11,9 +11,12 @@ name. A file that cannot be used as a whole is refused: no launch goes on withou
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Config = tuple[int, ...]
 Key = tuple[str, int, int, str]
@@ -102,7 +105,7 @@ def in_use(arch: int) -> Path | None:
     if named is not None:
         return Path(named) if named else None
     place = default_place(arch)
-    return place if arch and place.exists() else None
+    return place if arch and os.path.exists(place) else None  # False, too, where none may look
 
 
 def read(path: Path, arch: int) -> Content:
@@ -111,11 +114,14 @@ def read(path: Path, arch: int) -> Content:
     Raises:
         TuningFileError: it is missing, malformed, of another format or another GPU's.
     """
-    if not path.exists():
-        remedy = f"make it: gptk tune --out {path}; or go without it: {VARIABLE}="
-        raise TuningFileError(f"there is no tuning file {path}; {remedy}")
     try:
         content = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = f"make it: gptk tune --out {path}; or go without it: {VARIABLE}="
+        raise TuningFileError(f"there is no tuning file {path}; {remedy}") from None
+    except IsADirectoryError:
+        remedy = f"name a file: {VARIABLE}=FILE; or go without one: {VARIABLE}="
+        raise TuningFileError(f"{path} is a folder, not a tuning file; {remedy}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise _refused(path, f"cannot be read ({reason})") from None
@@ -157,6 +163,42 @@ def rows(content: Content, path: Path) -> dict[Key, Config]:
                 raise _refused(path, f"has two rows for {shown(key)}")
             found[key] = tuple(row["config"])
     return found
+
+
+def versions() -> dict[str, str]:
+    """Those that a file names, of this process."""
+    try:
+        import triton
+    except ImportError:
+        compiler = "not installed"
+    else:
+        compiler = triton.__version__
+    gptk = sys.modules["gptk"].__version__  # an import would be one of what is built from ops
+    return {"gptk": gptk, "torch": str(torch.__version__), "triton": compiler}
+
+
+def changes(content: Content, arch: int) -> dict[str, str]:
+    """In words, by name, what the file was measured with ("gpu" and versions) and is other here.
+
+    A GPU is compared by its name with all those of its architecture, which take the same file;
+    the interpreter, arch 0, takes it of any.
+    """
+    here = {"gpu": _gpus(arch)} | {name: [now] for name, now in versions().items()}
+    found = {}
+    for name, now in here.items():
+        others = [other for other in now if other != content[name]]
+        if others:
+            found[name] = f"{name} {content[name]} then, {' and '.join(others)} now"
+    return found
+
+
+def _gpus(arch: int) -> list[str]:
+    """The names of the GPUs of an architecture."""
+    if not arch or not torch.cuda.is_available():
+        return []
+    every = range(torch.cuda.device_count())
+    own = [i for i in every if torch.cuda.get_device_capability(i) == divmod(arch, 10)]
+    return sorted({torch.cuda.get_device_name(i) for i in own})
 
 
 def _wrong(kernel: str, row: Any) -> str | None:

@@ -159,7 +159,7 @@ def work(case: Case, device: str, tokens: int = TOKENS) -> Work:
 
 def _attention(case: Case, device: str, tokens: int) -> Work:
     from gptk.ops.attention import triton_impl as attention
-    from gptk.ops.attention.ranges import ranges
+    from gptk.ops.attention.ranges import Ranges, ranges
 
     D, dtype = case.width, case.dtype
     B, T = max(1, tokens // 2048), min(tokens, 2048)
@@ -170,8 +170,16 @@ def _attention(case: Case, device: str, tokens: int) -> Work:
     packed = case.kind == "packed"
     p = 0.1 if case.kind == "dropout" else 0.0
 
+    documents: dict[object, Ranges] = {}
+
+    def seen_by(causal: bool, window: int | None) -> Ranges | None:
+        """Who sees whom in packed documents, computed once: it is no part of a kernel."""
+        if packed and (causal, window) not in documents:
+            documents[causal, window] = ranges((ends, ends), T, T, causal, window)
+        return documents.get((causal, window))
+
     def call(causal: bool, window: int | None, group: int) -> Results:
-        seen = ranges((ends, ends), T, T, causal, window) if packed else None
+        seen = seen_by(causal, window)
         keys, values = k[:, : H // group], v[:, : H // group]
         options = (causal, D**-0.5, p, SEED, window)
         if case.kernel == "attention.forward":
@@ -183,13 +191,15 @@ def _attention(case: Case, device: str, tokens: int) -> Work:
 
     forwards: dict[object, tuple[Tensor, Tensor]] = {}
 
-    def kept(causal: bool, window: int | None, group: int, seen: object) -> tuple[Tensor, Tensor]:
+    def kept(
+        causal: bool, window: int | None, group: int, seen: Ranges | None
+    ) -> tuple[Tensor, Tensor]:
         """The forward's results, computed once for all candidates."""
         key = (causal, window, group)
         if key not in forwards:
             keys, values = k[:, : H // group], v[:, : H // group]
             options = (causal, D**-0.5, p, SEED, window)
-            forwards[key] = attention.forward(q, keys, values, *options, seen)  # type: ignore[arg-type]
+            forwards[key] = attention.forward(q, keys, values, *options, seen)
         return forwards[key]
 
     return Work(

@@ -22,7 +22,8 @@ LEAST_GAIN = 0.02
 
 
 class Refused(Exception):
-    """A configuration that does not compile or run; the message says why."""
+    """A configuration that does not compile or run, or a row that cannot be measured; the message
+    says why."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,12 @@ def choose(shipped: Config, candidates: Sequence[Config], runner: Runner) -> Cho
     """The best of `shipped` and `candidates`.
 
     Raises:
-        Refused: the shipped configuration does not run.
+        Refused: the shipped configuration does not run, or no time can be taken.
     """
-    expected = runner.run(shipped).results
+    try:
+        expected = runner.run(shipped).results
+    except Refused as error:
+        raise Refused(f"what ships does not run: {error}") from None
     left_out: dict[Config, str] = {}
     able = [shipped]
     for config in dict.fromkeys(candidates):

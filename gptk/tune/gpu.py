@@ -32,19 +32,10 @@ class GpuRunner:
 
     def run(self, config: Config) -> Outcome:
         """The results of the work, twice, and the registers that kernels spill."""
-        from triton.errors import TritonError
-
-        with trial({self.case.key: config}), recording() as kernels:
-            try:
-                results, again = self._results(), self._results()
-                torch.cuda.synchronize()
-            except (TritonError, RuntimeError) as error:
-                if _works():
-                    raise Refused(_first_line(error)) from None
-                raise Failure(
-                    f"{self.case.kernel} with {list(config)} broke this process's use of the GPU "
-                    f"({_first_line(error)}); rows measured before are kept; tune another --op"
-                ) from None
+        what = f"{self.case.kernel} with {list(config)}"
+        with trial({self.case.key: config}), recording() as kernels, refusing(what):
+            results, again = self._results(), self._results()
+            torch.cuda.synchronize()
         spills: dict[str, int] = {}
         for kernel in kernels:  # a name stands for several variants
             spills[kernel.name] = max(spills.get(kernel.name, 0), kernel.n_spills)
@@ -96,6 +87,25 @@ class GpuRunner:
 
 
 @contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Errors of Triton and of the GPU, too little memory among them, become Refused; and Failure
+    where `what` broke the GPU for this process."""
+    from triton.errors import TritonError
+
+    try:
+        yield
+    except Failure:
+        raise
+    except (TritonError, RuntimeError, MemoryError) as error:
+        if _works():
+            raise Refused(first_line(error)) from None
+        raise Failure(
+            f"{what} broke this process's use of the GPU ({first_line(error)}); rows measured "
+            "before are kept; tune another --op"
+        ) from None
+
+
+@contextlib.contextmanager
 def recording() -> Iterator[list[Any]]:
     """The list that it yields grows by each compiled kernel that is launched inside the block."""
     from triton.runtime.jit import JITFunction
@@ -121,11 +131,14 @@ def _works() -> bool:
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device="cuda").item()
+    except torch.OutOfMemoryError:
+        return True
     except RuntimeError:
         return False
     return True
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in one sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no words'}"

@@ -1,6 +1,7 @@
 """`gptk tune`: measure launch configurations on this machine's GPU and write those that won."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 
-import gptk
 from gptk.flags import Failure, UsageError
 from gptk.ops import tuning, tuning_file
 from gptk.ops.tuning_file import FORMAT, KERNELS, VARIABLE, Content, Key
 from gptk.tune.cases import Case, cases, shipped, work
 from gptk.tune.cases import candidates as candidates_of
 from gptk.tune.choose import Choice, Refused, Runner, choose
+from gptk.tune.gpu import GpuRunner, first_line, refusing
+from gptk.tune.progress import Progress, Watched
 
 ROUNDS, QUICK_ROUNDS = 50, 20
 OPS = sorted({kernel.partition(".")[0] for kernel in KERNELS})
@@ -25,12 +27,17 @@ Measured = dict[Key, Choice]
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the verb."""
+    every = cases(torch.bfloat16)
+    quick = [case for case in every if case.quick]
     made = argparse.ArgumentParser(
         prog="gptk tune",
         description="Measures launch configurations of the Triton kernels on this machine's GPU "
         "and writes a file that every later process reads. What ships is kept unless another "
         "configuration computes the same, spills no registers and is faster by more than the "
-        "noise: the largest of 2 % and the interquartile ranges of both, in two measurements.",
+        "noise: the largest of 2 % and the interquartile ranges of both, in two measurements. "
+        f"There are {_counted(every)}, with --quick {_counted(quick)}; each candidate is compiled, "
+        "which takes seconds, so that --quick takes minutes and the whole hours. Each row is "
+        "written when it is measured: --op after --op gives the same file.",
         epilog=f"{VARIABLE}=FILE names the file to write and to use, {VARIABLE}= uses none; where "
         f"it is not set, the place is {tuning_file.default_place(90)} (for sm_90).",
     )
@@ -44,14 +51,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _counted(chosen: Sequence[Case]) -> str:
+    return f"{len(chosen)} rows with {sum(len(candidates_of(c)) for c in chosen):,} candidates"
+
+
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     options = parser().parse_args(argv)
     _need_a_gpu()
-    arch = _architecture()
-    header = _facts(arch)
+    try:
+        arch = _architecture()
+        header = _facts(arch)
+    except RuntimeError as error:
+        words = f"the GPU cannot be used ({first_line(error)}); nvidia-smi shows what else uses it"
+        raise Failure(words) from None
     named = os.environ.get(VARIABLE)
     place = options.out or (Path(named) if named else tuning_file.default_place(arch))
+    check_place(place)
     held = before(place, header)
     half = torch.bfloat16 if arch >= 80 else torch.float16
     chosen = [
@@ -61,16 +77,21 @@ def main(argv: list[str]) -> int:
     ]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     measured: Measured = {}
-    for key, result in measure(chosen, arch, lambda case: _runner(case, rounds)):
-        print("\n".join(described(key, result)), flush=True)
-        if isinstance(result, Choice):
-            measured[key] = result
-            write(place, content(header, held, measured))  # at once: what is measured stays
+    with tuning.trial({}):
+        sizes = [len({shipped(case, arch), *candidates_of(case)}) for case in chosen]
+    with Progress(sizes) as progress:
+        for key, result in measure(chosen, arch, lambda case: _runner(case, rounds), progress):
+            for line in described(key, result):
+                progress.say(line)
+            if isinstance(result, Choice):
+                measured[key] = result
+                write(place, content(header, held, measured))  # at once: what is measured stays
     if measured:
         used = tuning_file.in_use(arch)
         print(f"{place}: {len(measured)} rows written; {_use(place, used)}")
     if len(measured) < len(chosen):
-        raise Failure(f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured")
+        missing = f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured"
+        raise Failure(f"{missing}, for the reasons above, and stay as they were")
     return 0
 
 
@@ -95,8 +116,6 @@ def _architecture() -> int:
 
 
 def _runner(case: Case, rounds: int) -> Runner:
-    from gptk.tune.gpu import GpuRunner
-
     return GpuRunner(case, work(case, "cuda"), rounds)
 
 
@@ -104,22 +123,28 @@ def measure(
     chosen: Sequence[Case],
     arch: int,
     runner: Callable[[Case], Runner],
+    progress: Progress,
 ) -> Iterator[tuple[Key, Choice | Refused]]:
-    """Each case's choice, or why what ships does not run."""
+    """Each case's choice, or why it has none."""
     for case in chosen:
-        result: Choice | Refused
+        progress.begin(tuning_file.shown(case.key))
         with tuning.trial({}):  # no user's file, and no earlier row, has a part in it
-            try:
-                result = choose(shipped(case, arch), candidates_of(case), runner(case))
-            except Refused as error:
-                result = error
+            result = _measured(case, arch, lambda case: Watched(runner(case), progress))
         yield case.key, result
+
+
+def _measured(case: Case, arch: int, runner: Callable[[Case], Runner]) -> Choice | Refused:
+    try:
+        with refusing(case.kernel):
+            return choose(shipped(case, arch), candidates_of(case), runner(case))
+    except Refused as error:
+        return Refused(str(error))  # another one: the traceback of this one holds the row's tensors
 
 
 def described(key: Key, choice: Choice | Refused) -> list[str]:
     """A row in words: what was chosen, what was left out and why."""
     if isinstance(choice, Refused):
-        return [f"{tuning_file.shown(key)}: not measured, what ships does not run: {choice}"]
+        return [f"{tuning_file.shown(key)}: not measured: {choice}"]
     was = f"{list(choice.shipped)} {choice.shipped_ms:.4f} ms"
     kept = choice.config == choice.shipped
     now = "kept" if kept else f"-> {list(choice.config)} {choice.config_ms:.4f} ms"
@@ -129,17 +154,42 @@ def described(key: Key, choice: Choice | Refused) -> list[str]:
 
 def _facts(arch: int) -> Content:
     """What a file says of where it was measured."""
-    import triton
-
+    now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "format": FORMAT,
         "gpu": torch.cuda.get_device_name(),
         "arch": arch,
-        "gptk": gptk.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **tuning_file.versions(),
+        "date": now.strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def check_place(place: Path) -> None:
+    """UsageError unless a file can be written there; known before anything is measured."""
+    try:
+        if place.exists() and not place.is_file():
+            kind = "a folder" if place.is_dir() else "no regular file"
+            raise UsageError(f"the tuning file {place} is {kind}; name another place: --out FILE")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _draft(place) as draft:
+            draft.write_text("", "utf-8")
+    except OSError as error:
+        raise UsageError(_unwritten(place, error)) from None
+
+
+@contextlib.contextmanager
+def _draft(place: Path) -> Iterator[Path]:
+    """Where to write what then takes the place at once; gone at the end."""
+    draft = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _unwritten(place: Path, error: OSError) -> str:
+    reason = error.strerror or type(error).__name__
+    return f"the tuning file {place} cannot be written ({reason}); name another place: --out FILE"
 
 
 def before(place: Path, header: Content) -> Content | None:
@@ -182,7 +232,11 @@ def content(header: Content, held: Content | None, measured: Measured) -> Conten
 
 
 def write(place: Path, made: Content) -> None:
-    """Store a file, one row a line, whole or not at all."""
+    """Store a file, one row a line, whole or not at all.
+
+    Raises:
+        Failure: there is no room, say.
+    """
     head = {name: value for name, value in made.items() if name != "kernels"}
     parts = []
     for kernel, part in made["kernels"].items():
@@ -190,13 +244,13 @@ def write(place: Path, made: Content) -> None:
         names = json.dumps(part["parameters"])
         parts.append(f' {json.dumps(kernel)}: {{"parameters": {names}, "rows": [\n    {lines}]}}')
     text = json.dumps(head)[:-1] + ',\n"kernels": {\n' + ",\n".join(parts) + "\n}}\n"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = place.with_name(f"{place.name}.{os.getpid()}")
     try:
-        draft.write_text(text, "utf-8")
-        os.replace(draft, place)
-    finally:
-        draft.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _draft(place) as draft:
+            draft.write_text(text, "utf-8")
+            os.replace(draft, place)
+    except OSError as error:
+        raise Failure(_unwritten(place, error)) from None
 
 
 def _use(place: Path, used: Path | None) -> str:

@@ -1,8 +1,10 @@
 """Launch configurations come from a table: each call has one, by its sizes and the GPU alone."""
 
 import json
+import re
 
 import pytest
+import torch
 
 from gptk.ops import tuning, tuning_file
 from gptk.ops.tuning import tuned, user_row
@@ -81,7 +83,7 @@ OWN = row([64, 32, 4, 3, 128], 128)
 def content(kernel="attention.forward", rows=(OWN,), **changes):
     """A user's file with the rows of one kernel."""
     part = {"parameters": list(KERNELS[kernel].parameters), "rows": list(rows)}
-    words = dict.fromkeys(tuning_file.STRINGS, "?")
+    words = {"gpu": "a GPU", "date": "today", **tuning_file.versions()}
     return {"format": 1, "arch": 90, **words, "kernels": {kernel: part}, **changes}
 
 
@@ -132,6 +134,65 @@ def test_the_file_is_read_once(use):
     assert tuned("attention", "forward", 90, 16, 65, "plain") == first
 
 
+def ask(arch=90):
+    """What a launch asks first."""
+    return user_row("attention.forward", arch, 16, 128, "plain")
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Makes this machine one with these GPUs, of (name, compute capability)."""
+
+    def have(*gpus):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: gpus[i][0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: gpus[i][1])
+
+    return have
+
+
+HERE = {name: re.escape(version) for name, version in tuning_file.versions().items()}
+CHANGES = {
+    "gpu": ({"gpu": "NVIDIA H200"}, "gpu NVIDIA H200 then, NVIDIA H100 now"),
+    "triton": ({"triton": "2"}, rf"triton 2 then, {HERE['triton']} now"),
+    "gptk": ({"gptk": "0.0"}, rf"gptk 0\.0 then, {HERE['gptk']} now"),
+    "more": ({"gptk": "0.0", "triton": "2"}, r"gptk 0\.0 then, .* now, triton 2 then, .* now"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_of_another_gpu_or_version_is_used_with_one_warning(use, cards, name):
+    changes, words = CHANGES[name]
+    cards(("NVIDIA A100", (8, 0)), ("NVIDIA H100", (9, 0)))
+    path = use(content(**({"gpu": "NVIDIA H100"} | changes)))
+    with pytest.warns(RuntimeWarning, match=words) as given:
+        assert ask() == tuple(OWN["config"])
+    (warning,) = given
+    assert str(warning.message).startswith(f"the tuning file {path} was measured on another GPU")
+    assert str(warning.message).endswith(tuning_file.REMEDY)
+    tuning.forget()
+    ask()  # any further one would be an error
+
+
+def test_a_file_of_what_is_here_is_used_without_a_warning(use, cards):
+    cards(("NVIDIA A100", (8, 0)), ("NVIDIA H100", (9, 0)))
+    use(content(gpu="NVIDIA H100", torch="1"))
+    assert ask() == tuple(OWN["config"])
+    use(content(gpu="NVIDIA H200", triton="2", gptk="0.0"))
+    assert ask(arch=0) == tuple(OWN["config"]), "the interpreter takes that of any GPU"
+
+
+def test_what_a_file_was_measured_with_is_compared_when_it_is_read_alone(use, monkeypatch):
+    compared = []
+    monkeypatch.setattr(tuning_file, "changes", lambda content, arch: compared.append(arch) or {})
+    use(content())
+    for D in (64, 128, 64, 256):
+        tuned("attention", "forward", 90, 16, D, "plain")
+        user_row("attention.dq", 90, 16, D, "plain")
+    assert compared == [90]
+
+
 @pytest.mark.parametrize("named, reads", [(False, True), (True, False)])
 def test_the_default_place_is_read_unless_the_variable_is_set(
     use, monkeypatch, tmp_path, named, reads
@@ -146,6 +207,12 @@ def test_the_default_place_is_read_unless_the_variable_is_set(
     # another GPU has a place of its own, the interpreter none
     assert user_row("attention.forward", 80, 16, 128, "plain") is None
     assert user_row("attention.forward", 0, 16, 128, "plain") is None
+
+
+def test_a_default_place_that_cannot_be_looked_at_has_no_file(monkeypatch):
+    monkeypatch.delenv("GPTK_TUNING")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/" + "x" * 300)  # as a home that others may not enter
+    assert tuning_file.in_use(90) is None
 
 
 def test_the_interpreter_takes_a_named_file_of_any_gpu(use):
@@ -200,9 +267,21 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(use, name):
     assert "\n" not in said
 
 
-def test_a_named_file_that_is_missing_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("GPTK_TUNING", str(tmp_path / "none.json"))
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("none.json", r"no tuning file .*none\.json; make it: gptk tune"),
+        ("file/own.json", r"no tuning file .*own\.json; make it: gptk tune"),
+        ("folder", r"folder is a folder, not a tuning file; name a file: GPTK_TUNING=FILE; or go"),
+        ("x" * 300, r"x cannot be read \(File name too long\)"),
+    ],
+    ids=["missing", "in a file", "a folder", "long"],
+)
+def test_a_named_file_that_is_none_is_refused(monkeypatch, tmp_path, name, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setenv("GPTK_TUNING", str(tmp_path / name))
     tuning.forget()
-    with pytest.raises(TuningFileError, match=r"no tuning file .*none\.json; make it"):
+    with pytest.raises(TuningFileError, match=words):
         tuned("attention", "forward", 90, 16, 64, "plain")
     tuning.forget()
