@@ -69,14 +69,14 @@ REAL: dict[str, dict[str, Values]] = {
 TINY: dict[str, Values] = {
     "layer_norm": dict(shape=(2, 3, 40)),
     "attention": dict(B=1, H=2, Tq=19, Tk=19, D=8),
-    "gelu": dict(shape=(3, 65)),
-    "linear": dict(shape=(5, 16), N=24),
-    "mlp": dict(shape=(5, 16), hidden=40),
+    "gelu": dict(shape=(1, 3, 65)),
+    "linear": dict(shape=(1, 5, 16), N=24),
+    "mlp": dict(shape=(1, 5, 16), hidden=40),
     "cross_entropy": dict(N=6, V=130),
-    "linear_cross_entropy": dict(shape=(6, 16), V=130),
+    "linear_cross_entropy": dict(shape=(2, 3, 16), V=130),
     "adamw": dict(shapes=((7, 9), (5,))),
 }
-"""What replaces the sizes in a dry run; every flag of the case stays."""
+"""What replaces the sizes in a dry run, with as many dimensions; every flag of the case stays."""
 
 
 def case_names(op: str, dry: bool) -> list[str]:
