@@ -18,7 +18,8 @@ def build(monkeypatch, tmp_path, made):
     """The row that the stage leaves if setup.py does this to the folder it is given."""
 
     def setup(command, **options):
-        assert command[1:3] == ["setup.py", "-q"] and options["timeout"] > 50
+        assert command[1] == "setup.py"
+        assert options["timeout"] > 50
         folder = Path(command[-1])
         folder.mkdir(parents=True)
         return subprocess.CompletedProcess(command, 0, "", made(folder) or "")

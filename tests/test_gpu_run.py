@@ -187,44 +187,6 @@ def test_a_stopped_stage_takes_its_processes_with_it(faulty):
     assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
 
 
-def row(**columns):
-    return dict(op="layer_norm", case="8192x768", dtype="bfloat16", mode="forward") | columns
-
-
-@pytest.mark.parametrize(
-    "seconds, state, words",
-    [(1.0, "met", "1 of 1"), (1.2, "missed", "0 of 1"), (None, "not measured", "")],
-)
-def test_a_target_is_met_missed_or_not_measured(seconds, state, words, tmp_path):
-    from benchmarks.gpu.job import Job
-    from benchmarks.gpu.results import Results
-    from benchmarks.gpu.stages import Run
-    from benchmarks.gpu.targets import targets
-
-    (tmp_path / "stages").mkdir()
-    job = Job("benchmarks", "layer_norm", tmp_path, False, 0.0)
-    job.add(**row(provider="torch", seconds=1.1, bytes=100, host_seconds=0, peak_bytes=1))
-    if seconds:
-        job.rows.append(row(provider="gptk triton", seconds=seconds, bytes=100))
-    job.save(finished=True)
-    environment = Job("environment", "", tmp_path, False, 0.0)
-    environment.note(copy_bandwidth=101.0)
-    run = Run(tmp_path, False, 0.0)
-    run.parts.append(dict(stage="benchmarks", part="layer_norm", state="done", why=""))
-    (tmp_path / "run.json").write_text(json.dumps({"dry_run": False, "parts": run.parts}))
-    found = {t.words.split(",")[0]: t for t in targets(Results(tmp_path))}
-    slower = found["layer_norm: never slower than torch from 768 wide up"]
-    share = found["layer_norm: at least 85% of the measured copy bandwidth"]
-    assert (slower.state, share.state) == (state, state)
-    assert slower.value.startswith(words)
-    assert found["adamw: never slower than torch from 768 wide up"].state == "not measured"
-    if seconds == 1.0:  # a part that was stopped may have missed the next one
-        run.parts[0]["state"] = "stopped"
-        (tmp_path / "run.json").write_text(json.dumps({"dry_run": False, "parts": run.parts}))
-        again = {t.words: t.state for t in targets(Results(tmp_path))}
-        assert again["layer_norm: never slower than torch from 768 wide up"] == "met in part"
-
-
 def test_calls_take_turns_each_behind_a_flushed_cache(monkeypatch):
     from benchmarks.gpu import clock
 

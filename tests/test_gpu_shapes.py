@@ -5,14 +5,13 @@ import importlib
 import pytest
 import torch
 
-from benchmarks.gpu import equivalence, shapes, timing
+from benchmarks.gpu import equivalence, shapes
+from benchmarks.gpu.timing_cases import CASES
 from gptk.bench import gate
 
 LIMITS = dict(B=2, H=4, Hkv=1, Tq=9, Tk=9, D=8, N=11, V=37, hidden=20)
 OPS = [op for op in shapes.REAL if op != "adamw"]
-SIZES = {
-    op: {**shapes.REAL[op], **{case.name: case.sizes for case in timing.CASES[op]}} for op in OPS
-}
+SIZES = {op: {**shapes.REAL[op], **{case.name: case.sizes for case in CASES[op]}} for op in OPS}
 OWN = {op: importlib.import_module(f"gptk.ops.{op}.cases").CASES for op in OPS}
 
 

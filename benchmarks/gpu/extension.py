@@ -40,7 +40,8 @@ def run(job: Job) -> None:
 def load(file: Path) -> Any:
     """The extension in this file, whatever is installed."""
     spec = importlib.util.spec_from_file_location("gptk._C", file)
-    assert spec is not None and spec.loader is not None  # the file ends as an extension does
+    assert spec is not None  # the file ends as an extension does
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)  # pybind11 fills it only now
     return module
