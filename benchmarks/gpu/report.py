@@ -1,6 +1,10 @@
-"""report.md: the targets, what is wrong, then a table a stage. Made anew after every part."""
+"""report.md: the targets, what is wrong, then a table a stage. Made anew after every part.
+
+Of a run that was killed, it is made by: python3 -m benchmarks.gpu.report FOLDER
+"""
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,8 @@ def _head(results: Results) -> str:
     name = facts.get("card") or ("no GPU" if results.dry else "GPU not read")
     lines = ["# gptk on a GPU", DRY if results.dry else ""]
     lines.append(f"{name}; {versions}; commit {facts.get('commit')}")
+    if "tuning" in facts:
+        lines.append(f"Launch configurations: {facts['tuning']}.")
     return "\n\n".join(line for line in lines if line)
 
 
@@ -233,3 +239,9 @@ SECTIONS = (
     _titled("Environment", _environment),
     _titled("Extension", _extension),
 )
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "run.json").exists():
+        sys.exit("name a run's folder (with run.json): python3 -m benchmarks.gpu.report FOLDER")
+    write(Path(sys.argv[1]))
+    print((Path(sys.argv[1]) / "report.md").read_text(), end="")

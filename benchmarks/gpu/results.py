@@ -17,8 +17,10 @@ class Results:
     def __init__(self, out: Path) -> None:
         run = json.loads((out / "run.json").read_text())
         self.dry: bool = run["dry_run"]
-        self.parts: list[Row] = run["parts"]
         self._files = [json.loads(p.read_text()) for p in sorted((out / "stages").glob("*.json"))]
+        known = {(part["stage"], part["part"]) for part in run["parts"]}
+        begun = [f for f in self._files if (f["stage"], f["part"]) not in known]
+        self.parts: list[Row] = run["parts"] + [_unfinished(file) for file in begun]
 
     def rows(self, stage: str) -> list[Row]:
         return [row for file in self._files if file["stage"] == stage for row in file["rows"]]
@@ -37,6 +39,13 @@ class Results:
         """The provider's training in this dtype, if it got anywhere."""
         rows = (r for r in self.rows("training") if r["dtype"] == dtype)
         return next((r for r in rows if r["provider"] == provider), None)
+
+
+def _unfinished(file: Row) -> Row:
+    """A part of which no end is recorded: it goes on, or was killed together with the run."""
+    why = "no end of it is recorded"
+    place = dict(stage=file["stage"], part=file["part"], began=None, seconds=None)
+    return dict(**place, state="unfinished", why=why)
 
 
 def share(row: Row) -> float:

@@ -132,14 +132,16 @@ class _RandomOn(TorchFunctionMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = device
+        self.own: dict[torch.Generator, torch.Generator] = {}
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
         if (given := options.get("generator")) is not None:
-            own = generator(self.device, given.initial_seed())
-            options |= {"generator": own, "device": self.device}
+            if given not in self.own:
+                self.own[given] = generator(self.device, given.initial_seed())
+            options |= {"generator": self.own[given], "device": self.device}
         return function(*args, **options)
 
 

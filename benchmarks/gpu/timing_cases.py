@@ -31,13 +31,13 @@ def _norm(C: int, dtype: str = "bfloat16", residual: bool = False) -> Case:
 CASES: dict[str, tuple[Case, ...]] = {
     "attention": (
         _attention(64, 1024),
-        _attention(64, 4096),
         _attention(128, 1024),
+        _attention(64, 4096),
         _attention(128, 4096),
-        _attention(64, 8192),
-        _attention(128, 8192),
         _attention(64, 2048),
         _attention(128, 2048),
+        _attention(64, 8192),
+        _attention(128, 8192),
         _attention(64, 4096, causal=False),
         _attention(128, 4096, causal=False),
     ),

@@ -59,8 +59,7 @@ def _train(
             torch.cuda.synchronize()  # compiling is over, and a failure shows here
         if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
             clock.synchronize(job.device)
-            job.rows[place:] = [{**row, **_so_far(losses, times, batch * T, cuda)}]
-            job.save()
+            job.put(place, **row, **_so_far(losses, times, batch * T, cuda))
 
 
 def _so_far(
