@@ -89,7 +89,7 @@ def test_every_stage_of_a_dry_run_leaves_its_results(dry_run):
     rows = {file["stage"]: file["rows"] for file in files if file["part"] in ("gelu", "triton")}
     assert all(row["passed"] for row in rows["equivalence"])
     assert {row["provider"] for row in rows["benchmarks"]} == {
-        "gptk triton", "torch", "torch.compile",
+        "gptk triton", "torch", "torch.compile", "copy",
     }  # fmt: skip
     assert {row["outcome"] for row in rows["suite"]} == {"passed"}
     assert [row["different"] for row in rows["repeats"]] == [0, 0, 0, 0]
@@ -101,7 +101,8 @@ def test_the_report_of_a_dry_run_claims_nothing(dry_run):
     assert report in done.stdout
     assert "No number here is a measurement" in report
     targets = report.split("## Targets")[1].split("##")[0]
-    assert targets.count("**not measured**") == len(targets.strip().splitlines()) - 2 >= 12
+    rows = [line for line in targets.splitlines() if line.startswith("|")][2:]
+    assert targets.count("**not measured**") == len(rows) >= 12
     assert "matplotlib is not installed" in (out / "stages" / "plots.json").read_text()
 
 
@@ -185,44 +186,6 @@ def test_a_stopped_stage_takes_its_processes_with_it(faulty):
     child = json.loads((faulty[1] / "stages" / "hang.json").read_text())["facts"]["child"]
     state = Path(f"/proc/{child}/stat")
     assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
-
-
-def row(**columns):
-    return dict(op="layer_norm", case="8192x768", dtype="bfloat16", mode="forward") | columns
-
-
-@pytest.mark.parametrize(
-    "seconds, state, words",
-    [(1.0, "met", "1 of 1"), (1.2, "missed", "0 of 1"), (None, "not measured", "")],
-)
-def test_a_target_is_met_missed_or_not_measured(seconds, state, words, tmp_path):
-    from benchmarks.gpu.job import Job
-    from benchmarks.gpu.results import Results
-    from benchmarks.gpu.stages import Run
-    from benchmarks.gpu.targets import targets
-
-    (tmp_path / "stages").mkdir()
-    job = Job("benchmarks", "layer_norm", tmp_path, False, 0.0)
-    job.add(**row(provider="torch", seconds=1.1, bytes=100, host_seconds=0, peak_bytes=1))
-    if seconds:
-        job.rows.append(row(provider="gptk triton", seconds=seconds, bytes=100))
-    job.save(finished=True)
-    environment = Job("environment", "", tmp_path, False, 0.0)
-    environment.note(copy_bandwidth=101.0)
-    run = Run(tmp_path, False, 0.0)
-    run.parts.append(dict(stage="benchmarks", part="layer_norm", state="done", why=""))
-    (tmp_path / "run.json").write_text(json.dumps({"dry_run": False, "parts": run.parts}))
-    found = {t.words.split(",")[0]: t for t in targets(Results(tmp_path))}
-    slower = found["layer_norm: never slower than torch from 768 wide up"]
-    share = found["layer_norm: at least 85% of the measured copy bandwidth"]
-    assert (slower.state, share.state) == (state, state)
-    assert slower.value.startswith(words)
-    assert found["adamw: never slower than torch from 768 wide up"].state == "not measured"
-    if seconds == 1.0:  # a part that was stopped may have missed the next one
-        run.parts[0]["state"] = "stopped"
-        (tmp_path / "run.json").write_text(json.dumps({"dry_run": False, "parts": run.parts}))
-        again = {t.words: t.state for t in targets(Results(tmp_path))}
-        assert again["layer_norm: never slower than torch from 768 wide up"] == "met in part"
 
 
 def test_calls_take_turns_each_behind_a_flushed_cache(monkeypatch):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from benchmarks.gpu.stages import OPS, PRELOAD, STAGES, Run, Stage, run_all
 ROOT = Path(__file__).resolve().parents[2]
 RESERVE_SECONDS = 15.0
 """Kept for the plots and the last report."""
+ARCHIVE = "all.tar.gz"
 
 
 def options() -> argparse.Namespace:
-    names = [stage.name for stage in STAGES]
+    names = list(dict.fromkeys(stage.name for stage in STAGES))
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="a new folder (default: below runs/, by the time)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for the whole run")
@@ -58,6 +60,23 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def name_tuning_file() -> None:
+    """One for the whole run: what ships, unless GPTK_TUNING names a file. Never what `gptk tune`
+    has left at its default place, which the tests would not take."""
+    named = os.environ.get("GPTK_TUNING", "")
+    if named and not Path(named).exists():
+        sys.exit(f"GPTK_TUNING names {named}, which is not there; go without it: GPTK_TUNING=")
+    os.environ["GPTK_TUNING"] = str(Path(named).resolve()) if named else ""
+
+
+def archive(out: Path) -> None:
+    """All that was found in one file, for machines that hand back only a few."""
+    with tarfile.open(out / ARCHIVE, "w:gz") as tar:
+        for path in sorted(out.rglob("*")):
+            if path.suffix in (".json", ".log", ".md", ".png"):
+                tar.add(path, path.relative_to(out.parent))
+
+
 def _stopped(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
 
@@ -74,6 +93,7 @@ def main() -> None:
             os.environ.pop(name, None)
         if reason := why_no_gpu():
             sys.exit(reason)
+    name_tuning_file()
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
         ":4096:8"  # cuBLAS repeats its bits only with a fixed one
     )
@@ -95,6 +115,8 @@ def main() -> None:
         run_all(replace(run, ends=began + 60 * args.minutes), (plots,))
     finally:
         print((out / "report.md").read_text() if (out / "report.md").exists() else "")
+        archive(out)
+        print(f"all of it: {out / ARCHIVE}", flush=True)
     sys.exit(0 if report.all_ran(out) else 1)
 
 

@@ -78,18 +78,37 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(call: Call, device: str) -> int | None:
-    """Bytes that one call holds at its worst, above what was held before; None on a CPU."""
-    if device == "cpu":
-        call()
-        return None
+def memory(call: Call, device: str) -> dict[str, int | None]:
+    """peak_bytes: what one call holds at its worst, above what was held before; returned_bytes: how
+    much of that it returns. None on a CPU."""
     call()
+    if device == "cpu":
+        return dict(peak_bytes=None, returned_bytes=None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
+    kept = call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del kept
+    return dict(peak_bytes=peak - before, returned_bytes=after - before)
+
+
+def copier(passes: list[int], device: str) -> Call:
+    """A copy for each pass of an op, that reads and writes so many bytes in all.
+
+    All are between the same two tensors: like an op's own passes, the second may find in the L2
+    cache what the first has left there.
+    """
+    a = torch.ones(max(passes) // 2, dtype=torch.int8, device=device)
+    b = torch.empty_like(a)
+    pairs = [(b[: n // 2], a[: n // 2]) for n in passes]
+
+    def copy() -> None:
+        for to, source in pairs:
+            to.copy_(source)
+
+    return copy
 
 
 def copy_bandwidth(device: str) -> float:

@@ -28,6 +28,7 @@ def run(job: Job) -> None:
         cuda=torch.version.cuda,
         commit=_first_line("git", "describe", "--always", "--dirty", "--abbrev=12"),
         nvcc=_last_line("nvcc", "--version"),
+        tuning=os.environ.get("GPTK_TUNING") or "those that ship",
         compute_sanitizer=_last_line("compute-sanitizer", "--version"),
     )
     if job.device == "cuda":

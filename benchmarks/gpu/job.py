@@ -49,6 +49,11 @@ class Job:
         self.rows.append(row)
         self.save()
 
+    def put(self, place: int, **row: Any) -> None:
+        """The last result, which is at this place, as far as it has got."""
+        self.rows[place:] = [row]
+        self.save()
+
     def note(self, **facts: Any) -> None:
         self.facts.update(facts)
         self.save()

@@ -1,12 +1,16 @@
-"""report.md: the targets, what is wrong, then a table a stage. Made anew after every part."""
+"""report.md: the targets, what is wrong, then a table a stage. Made anew after every part.
+
+Of a run that was killed, it is made by: python3 -m benchmarks.gpu.report FOLDER
+"""
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.results import Results, Row, faults
-from benchmarks.gpu.targets import targets
+from benchmarks.gpu.results import Results, Row, apart, faults, share
+from benchmarks.gpu.targets import COPY, OURS, TIE, targets
 
 DRY = (
     "**A dry run on a CPU, kernels interpreted, sizes tiny. No number here is a measurement; it "
@@ -51,12 +55,14 @@ def _head(results: Results) -> str:
     name = facts.get("card") or ("no GPU" if results.dry else "GPU not read")
     lines = ["# gptk on a GPU", DRY if results.dry else ""]
     lines.append(f"{name}; {versions}; commit {facts.get('commit')}")
+    if "tuning" in facts:
+        lines.append(f"Launch configurations: {facts['tuning']}.")
     return "\n\n".join(line for line in lines if line)
 
 
 def _targets(results: Results) -> str:
     rows = [(t.words, f"**{t.state}**", t.value) for t in targets(results)]
-    return "## Targets\n\n" + table(("target", "", "measured"), rows)
+    return "## Targets\n\n" + table(("target", "", "measured"), rows) + f"\n\n{TIE}"
 
 
 def _faults(results: Results) -> str:
@@ -96,7 +102,7 @@ def _equivalence(results: Results) -> str:
     worst: dict[tuple[str, str, str], Row] = {}
     for row in results.rows("equivalence"):
         key = (row["op"], row["case"], row["dtype"])
-        if key not in worst or _share(row) > _share(worst[key]):
+        if key not in worst or share(row) > share(worst[key]):
             worst[key] = row
     rows = [
         (*key, r["tensor"], r["error"], r["torchs"], r["bound"], "yes" if r["passed"] else "**no**")
@@ -106,44 +112,49 @@ def _equivalence(results: Results) -> str:
     return table(heads, rows)
 
 
-def _share(row: Row) -> float:
-    return row["error"] / row["bound"] if row["bound"] else float(not row["passed"])
-
-
 def _benchmarks(results: Results) -> str:
     facts = results.facts("environment")
-    copy, rates = facts.get("copy_bandwidth"), facts.get("product_rates", {})
-    rows = []
-    ours = {
-        _key(r): r["seconds"]
-        for r in results.rows("benchmarks")
-        if r["provider"].startswith("gptk") and "seconds" in r
-    }
+    times: dict[str, dict[tuple[str, ...], float]] = {OURS: {}, COPY: {}}
     for r in results.rows("benchmarks"):
+        if "seconds" in r:
+            times.setdefault(r["provider"], {})[_key(r)] = r["seconds"]
+    heads = ["op", "case", "dtype", "pass", "provider", "ms", "p20 to p80", "n", "rate", "of peak"]
+    heads += ["of a copy", "host us", "peak MiB", "of it returned", "gptk / it"]
+    rows = []
+    for r in results.rows("benchmarks"):
+        of = [r.get(name) for name in ("op", "case", "dtype", "mode", "provider")]
         if "refused" in r:
-            rows.append((r["op"], r["case"], r["dtype"], "", r["provider"], r["refused"]))
-            continue
-        roof = copy if "bytes" in r else rates.get(r["dtype"])
-        rate = r.get("bytes", r.get("flops")) / r["seconds"]
-        unit = "GB/s" if "bytes" in r else "TFLOP/s"
-        base = ours.get(_key(r))
-        rows.append(
-            (
-                *(r[name] for name in ("op", "case", "dtype", "mode", "provider")),
-                f"{1e3 * r['seconds']:.4g}",
-                f"{1e3 * r['p20']:.4g} to {1e3 * r['p80']:.4g}",
-                r["n"],
-                f"{rate / (1e9 if unit == 'GB/s' else 1e12):.4g} {unit}",
-                f"{rate / roof:.0%}" if roof else None,
-                f"{1e6 * r['host_seconds']:.0f}",
-                _mebibytes(r["peak_bytes"]),
-                f"{base / r['seconds']:.2f}" if base else None,
-            )
-        )
-    heads = ["op", "case", "dtype", "pass", "provider", "ms", "p20 to p80", "n", "rate"]
-    heads += ["of peak", "host us", "peak MiB", "gptk / it"]
-    width = len(heads)
-    return table(heads, ((*row, *[None] * (width - len(row))) for row in rows))
+            rows.append([*of, r["refused"], *[None] * (len(heads) - len(of) - 1)])
+        else:
+            rows.append([*of, *_speed(r, facts, times[OURS], times[COPY])])
+    left = [
+        f"Left out of {file['part']} for time: {', '.join(file['facts']['left_out_for_time'])}."
+        for file in results.files("benchmarks")
+        if "left_out_for_time" in file["facts"]
+    ]
+    return "\n\n".join(filter(None, [table(heads, rows), *left]))
+
+
+def _speed(
+    r: Row, facts: Row, ours: dict[tuple[str, ...], float], copies: dict[tuple[str, ...], float]
+) -> list[Any]:
+    """of peak: of the copy of 1 GiB, or of the product; of a copy: of one of the case's bytes."""
+    moves = "bytes" in r
+    roof = facts.get("copy_bandwidth") if moves else facts.get("product_rates", {}).get(r["dtype"])
+    rate = r["bytes" if moves else "flops"] / r["seconds"]
+    base, copy = ours.get(_key(r)), copies.get(_key(r))
+    return [
+        f"{1e3 * r['seconds']:.4g}",
+        f"{1e3 * r['p20']:.4g} to {1e3 * r['p80']:.4g}",
+        r["n"],
+        f"{rate / 1e9:.4g} GB/s" if moves else f"{rate / 1e12:.4g} TFLOP/s",
+        f"{rate / roof:.0%}" if roof else None,
+        f"{copy / r['seconds']:.0%}" if copy else None,
+        f"{1e6 * r['host_seconds']:.0f}",
+        _mebibytes(r["peak_bytes"]),
+        _mebibytes(r["returned_bytes"]),
+        f"{base / r['seconds']:.2f}" if base else None,
+    ]
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -155,30 +166,24 @@ def _mebibytes(size: int | None) -> str | None:
 
 
 def _training(results: Results) -> str:
-    rows = results.rows("training")
-    base = {r["dtype"]: r["losses"] for r in rows if r["provider"] == "torch"}
     made = []
-    for r in rows:
-        theirs = base.get(r["dtype"])
-        away = (
-            max(abs(a - b) / b for a, b in zip(r["losses"], theirs, strict=True))
-            if theirs
-            else None
-        )
+    for r in results.rows("training"):
+        theirs = results.training("torch", r["dtype"])
         made.append(
             (
                 r["provider"],
                 r["dtype"],
                 f"{r['batch']} x {r['context']}",
+                f"{len(r['losses'])} of {r['steps']}",
                 f"{1e3 * r['seconds']:.4g}",
                 f"{r['tokens_per_second']:.0f}",
                 _mebibytes(r["peak_bytes"]),
                 f"{r['losses'][0]:.4f}",
                 f"{r['losses'][-1]:.4f}",
-                away,
+                max(apart(r["losses"], theirs["losses"])) if theirs else None,
             )
         )
-    heads = ("GPT-2 124M", "dtype", "batch", "ms a step", "tokens/s", "peak MiB")
+    heads = ("GPT-2 124M", "dtype", "batch", "steps", "ms a step", "tokens/s", "peak MiB")
     return table((*heads, "first loss", "last loss", "furthest from torch's"), made)
 
 
@@ -234,3 +239,9 @@ SECTIONS = (
     _titled("Environment", _environment),
     _titled("Extension", _extension),
 )
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "run.json").exists():
+        sys.exit("name a run's folder (with run.json): python3 -m benchmarks.gpu.report FOLDER")
+    write(Path(sys.argv[1]))
+    print((Path(sys.argv[1]) / "report.md").read_text(), end="")

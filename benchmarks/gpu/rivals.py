@@ -17,6 +17,7 @@ from gptk.bench import providers
 Provider = Callable[..., Any]
 OURS, EAGER, COMPILED = "gptk triton", "torch", "torch.compile"
 FLASH, CUDNN, LIGER = "SDPA flash", "SDPA cuDNN", "Liger"
+FOREACH, COPY = "torch foreach", "copy"
 
 
 def ours(op: str) -> Provider:

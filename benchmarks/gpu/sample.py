@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.gpu import equivalence, rivals, shapes
 from gptk.bench import gate
-from gptk.ops.adamw.cases import inputs as adamw_inputs
 
 CASES: dict[str, tuple[dict[str, object], ...]] = {
     "attention": (
@@ -38,12 +37,10 @@ def run(op: str, device: str, dry: bool) -> int:
         for name in DTYPES[:1] if dry else DTYPES:
             dtype = shapes.DTYPES[name]
             sizes = {**options, **shapes.TINY[op]} if dry else options
+            given = shapes.place(shapes.draw(op, sizes, dtype, "cpu"), device)
             if op == "adamw":
-                given = shapes.place(adamw_inputs(dtype=dtype, **sizes), device)
                 equivalence.updated(given, "triton")
             else:
-                module = __import__(f"gptk.ops.{op}.cases", fromlist=["inputs"])
-                given = shapes.place(module.inputs(dtype=dtype, **sizes), device)
                 gate.answer(op, rivals.ours(op), given)
             made += 1
     if device == "cuda":

@@ -1,11 +1,13 @@
 """Sizes of real models (cases for each op's own cases.py), and their tiny doubles for a dry run."""
 
+import contextlib
 import functools
 import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Values = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,14 +71,14 @@ REAL: dict[str, dict[str, Values]] = {
 TINY: dict[str, Values] = {
     "layer_norm": dict(shape=(2, 3, 40)),
     "attention": dict(B=1, H=2, Tq=19, Tk=19, D=8),
-    "gelu": dict(shape=(3, 65)),
-    "linear": dict(shape=(5, 16), N=24),
-    "mlp": dict(shape=(5, 16), hidden=40),
+    "gelu": dict(shape=(1, 3, 65)),
+    "linear": dict(shape=(1, 5, 16), N=24),
+    "mlp": dict(shape=(1, 5, 16), hidden=40),
     "cross_entropy": dict(N=6, V=130),
-    "linear_cross_entropy": dict(shape=(6, 16), V=130),
+    "linear_cross_entropy": dict(shape=(2, 3, 16), V=130),
     "adamw": dict(shapes=((7, 9), (5,))),
 }
-"""What replaces the sizes in a dry run; every flag of the case stays."""
+"""What replaces the sizes in a dry run, with as many dimensions; every flag of the case stays."""
 
 
 def case_names(op: str, dry: bool) -> list[str]:
@@ -98,8 +100,7 @@ def inputs(
 ) -> Values:
     """Keyword arguments on the device; activations times `scale`."""
     if op == "adamw":  # its state has dtypes of its own
-        module = importlib.import_module("gptk.ops.adamw.cases")
-        return place(module.inputs(dtype=dtype, **options(op, case, dry)), device)
+        return draw(op, options(op, case, dry), dtype, device)
     values = convert(_drawn(op, case, device, dry), dtype)
     return scaled(op, values, scale)
 
@@ -112,9 +113,40 @@ def scaled(op: str, values: Values, scale: float) -> Values:
 
 @functools.lru_cache(maxsize=1)
 def _drawn(op: str, case: str, device: str, dry: bool) -> Values:
-    """Drawn once in float32: large ones take seconds, and each dtype is rounded from the same."""
+    """Drawn once in float32: each dtype is rounded from the same."""
+    return draw(op, options(op, case, dry), torch.float32, device)
+
+
+def draw(op: str, sizes: Values, dtype: torch.dtype, device: str) -> Values:
+    """Keyword arguments of the op's cases.py, drawn on the device."""
     module = importlib.import_module(f"gptk.ops.{op}.cases")
-    return place(module.inputs(dtype=torch.float32, **options(op, case, dry)), device)
+    with contextlib.nullcontext() if device == "cpu" else _RandomOn(device):
+        drawn = module.inputs(**sizes, dtype=dtype)
+    return place(drawn, device)
+
+
+class _RandomOn(TorchFunctionMode):
+    """Random numbers come from the device's own generator, with the seed that the CPU's had: a
+    CPU takes seconds for what a GPU draws in milliseconds."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.own: dict[torch.Generator, torch.Generator] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if (given := options.get("generator")) is not None:
+            if given not in self.own:
+                self.own[given] = generator(self.device, given.initial_seed())
+            options |= {"generator": self.own[given], "device": self.device}
+        return function(*args, **options)
+
+
+def generator(device: str, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def place(values: Values, device: str) -> Values:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +29,8 @@ OPS = (
 DTYPES = ("float32", "bfloat16", "float16")
 PRELOAD = ("torch", "triton")
 """Loaded once, in the process that all parts are forked from; neither touches the GPU by that."""
+Key = tuple[str, str]
+"""(stage, part)"""
 LEAST_SECONDS = 5.0
 """A part that would have less is not started."""
 
@@ -37,7 +39,11 @@ LEAST_SECONDS = 5.0
 class Stage:
     """target: module:function, called with a Job; seconds: the limit of each part; jobs: parts
     that run at once (timings need the GPU to themselves); overlaps: its parts need not wait for
-    those of the stage before it, if that one has several jobs too."""
+    those of the stage before it, if that one has several jobs too.
+
+    kept: seconds of the run that what comes before cannot use up: for the whole stage, or for each
+    part where they run one at a time. What is not needed goes to the parts that come first.
+    """
 
     name: str
     target: str
@@ -45,6 +51,10 @@ class Stage:
     parts: tuple[str, ...] = ("",)
     jobs: int = 1
     overlaps: bool = False
+    kept: float = 0.0
+
+
+HERE = "benchmarks.gpu"
 
 
 def _suite_parts() -> tuple[str, ...]:
@@ -53,17 +63,41 @@ def _suite_parts() -> tuple[str, ...]:
     return (*attention, *OPS[1:])
 
 
-HERE = "benchmarks.gpu"
+def _timings(seconds: float, kept: float, *ops: str) -> Stage:
+    return Stage("benchmarks", f"{HERE}.timing:run", seconds, ops, kept=kept)
+
+
+SANITIZERS = ("memcheck", "racecheck")
 STAGES = (
-    Stage("environment", f"{HERE}.environment:run", 40),
-    Stage("equivalence", f"{HERE}.equivalence:run", 75, OPS, jobs=8),
-    Stage("benchmarks", f"{HERE}.timing:run", 70, OPS),
-    Stage("training", f"{HERE}.training:run", 90, ("torch", "triton", "compile")),
-    Stage("suite", f"{HERE}.suite:run", 120, _suite_parts(), jobs=8),
-    Stage("repeats", f"{HERE}.repeats:run", 60, OPS, jobs=8, overlaps=True),
-    Stage("sanitizer", f"{HERE}.sanitizer:run", 90, ("memcheck", "racecheck"), 8, overlaps=True),
-    Stage("extension", f"{HERE}.extension:run", 45, jobs=8, overlaps=True),
+    Stage("environment", f"{HERE}.environment:run", 40, kept=20),
+    Stage("equivalence", f"{HERE}.equivalence:run", 75, OPS, jobs=8, kept=60),
+    _timings(75, 45, "attention"),
+    _timings(45, 20, "layer_norm", "linear_cross_entropy", "adamw"),
+    Stage("training", f"{HERE}.training:run", 60, ("triton", "compile", "torch"), kept=35),
+    Stage("suite", f"{HERE}.suite:run", 110, _suite_parts(), jobs=8, kept=70),
+    Stage("repeats", f"{HERE}.repeats:run", 60, OPS, jobs=8, overlaps=True, kept=25),
+    Stage("sanitizer", f"{HERE}.sanitizer:run", 90, SANITIZERS, jobs=8, overlaps=True, kept=35),
+    _timings(25, 12, "cross_entropy", "gelu", "mlp", "linear"),
+    Stage("extension", f"{HERE}.extension:run", 100, kept=40),
 )
+"""What has a target comes first; what they keep fits a run of 9 minutes."""
+
+
+def latest_ends(stages: Sequence[Stage], started: float, ends: float) -> dict[Key, float]:
+    """When each part has to be over, so that what is kept for those after it is left. A run that
+    is shorter than the plan keeps proportionally less."""
+    each = {
+        (stage.name, part): stage.kept if stage.jobs == 1 or part == stage.parts[0] else 0.0
+        for stage in stages
+        for part in stage.parts
+    }
+    left = sum(each.values())
+    scale = min(1.0, (ends - started) / left) if left else 1.0
+    found = {}
+    for part, kept in each.items():
+        left -= kept
+        found[part] = ends - scale * left
+    return found
 
 
 @dataclass
@@ -116,9 +150,12 @@ def run_all(
             groups[-1].append(stage)
         else:
             groups.append([stage])
+    latest = latest_ends(stages, time.monotonic(), run.ends)
+    (run.out / "stages").mkdir(parents=True, exist_ok=True)
+    run.save()  # from now on a report can be made
     try:
         for group in groups:
-            _run_together(run, group, context)
+            _run_together(run, group, context, latest)
     except BaseException:  # a signal, as a rule: the report names what it cut off
         known = {(entry["stage"], entry["part"]) for entry in run.parts}
         for stage in stages:
@@ -128,7 +165,7 @@ def run_all(
         raise
 
 
-def _run_together(run: Run, group: list[Stage], context: Any) -> None:
+def _run_together(run: Run, group: list[Stage], context: Any, latest: dict[Key, float]) -> None:
     waiting = [(stage, part) for stage in group for part in stage.parts]
     running: dict[tuple[Stage, str], _Running] = {}
     jobs = min(group[0].jobs, os.cpu_count() or 1)
@@ -137,10 +174,10 @@ def _run_together(run: Run, group: list[Stage], context: Any) -> None:
             while waiting and len(running) < jobs:
                 stage, part = waiting.pop(0)
                 now = time.monotonic()
-                if run.ends - now < LEAST_SECONDS:
+                ends = min(now + stage.seconds, latest[stage.name, part])
+                if ends - now < LEAST_SECONDS:
                     run.record(stage.name, part, "not run", "the time of the run was up", None)
                     continue
-                ends = min(now + stage.seconds, run.ends)
                 running[stage, part] = _start(run, stage, part, now, ends, context)
             for (stage, part), one in list(running.items()):
                 state = _state(one, run.ends)
@@ -153,7 +190,6 @@ def _run_together(run: Run, group: list[Stage], context: Any) -> None:
 
 
 def _start(run: Run, stage: Stage, part: str, now: float, ends: float, context: Any) -> _Running:
-    part_file(run.out, stage.name, part).parent.mkdir(parents=True, exist_ok=True)
     job = Job(stage.name, part, run.out, run.dry, ends)
     process = context.Process(target=_enter, args=(stage.target, job))
     process.start()

@@ -20,6 +20,10 @@ class Outcomes:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.tuning = os.environ.get("GPTK_TUNING", "")
+
+    def pytest_sessionstart(self) -> None:
+        os.environ["GPTK_TUNING"] = self.tuning  # the tests' own set-up takes what ships
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.job.note(collected=len(session.items))

@@ -19,7 +19,7 @@ from gptk.bench import baseline
 from gptk.model import GPTConfig
 from gptk.optim import AdamW
 
-STEPS, UNTIMED = 50, 15
+STEPS, UNTIMED, SAVED_EVERY = 50, 15, 10
 REAL = GPTConfig(1024, 50304, 12, 12, 768)
 TINY = GPTConfig(8, 256, 1, 1, 8)
 BATCH = {"bfloat16": 8, "float32": 2}
@@ -43,7 +43,10 @@ def _train(
 ) -> None:
     steps, batch, T = words.shape[0], words.shape[1], words.shape[2] - 1
     cuda = job.device == "cuda"
-    losses, times = [], []
+    row: dict[str, Any] = dict(provider=job.part, dtype=dtype, batch=batch, context=T, steps=steps)
+    place = len(job.rows)
+    losses: list[torch.Tensor] = []
+    times: list[Callable[[], float]] = []
     for step in range(steps):
         if cuda and step == UNTIMED:
             torch.cuda.synchronize()
@@ -54,19 +57,23 @@ def _train(
         losses.append(loss)
         if cuda and step < 2:
             torch.cuda.synchronize()  # compiling is over, and a failure shows here
-    clock.synchronize(job.device)
+        if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
+            clock.synchronize(job.device)
+            job.put(place, **row, **_so_far(losses, times, batch * T, cuda))
+
+
+def _so_far(
+    losses: list[torch.Tensor], times: list[Callable[[], float]], tokens: int, cuda: bool
+) -> dict[str, Any]:
+    """Every loss, and the time of a step once it is steady."""
     spent = sorted(t() for t in times[UNTIMED:] or times)
     median = spent[len(spent) // 2]
-    job.add(
-        provider=job.part,
-        dtype=dtype,
-        batch=batch,
-        context=T,
+    return dict(
         seconds=median,
         p20=spent[int(0.2 * (len(spent) - 1))],
         p80=spent[int(0.8 * (len(spent) - 1))],
         n=len(spent),
-        tokens_per_second=batch * T / median,
+        tokens_per_second=tokens / median,
         peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
         losses=[float(x) for x in losses],
     )

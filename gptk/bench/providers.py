@@ -82,12 +82,14 @@ def _linear_cross_entropy(
     label_smoothing: float,
     **_: Any,
 ) -> Tensor:
-    return F.cross_entropy(
-        F.linear(input, linear_weight, linear_bias),
-        target,
+    # F.cross_entropy takes the classes second, so the rows of (B, T, V) have to be one dimension
+    losses = F.cross_entropy(
+        F.linear(input, linear_weight, linear_bias).flatten(0, -2),
+        target.flatten(),
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+    return losses.view(target.shape) if reduction == "none" else losses
 
 
 def _gelu(input: Tensor, approximate: str, **_: Any) -> Tensor:
