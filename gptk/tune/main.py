@@ -14,6 +14,7 @@ import torch
 from gptk.flags import Failure, UsageError
 from gptk.ops import tuning, tuning_file
 from gptk.ops.tuning_file import FORMAT, KERNELS, VARIABLE, Content, Key
+from gptk.tune.ahead import MOST_JOBS, Ahead, default_jobs
 from gptk.tune.cases import Case, cases, shipped, work
 from gptk.tune.cases import candidates as candidates_of
 from gptk.tune.choose import Choice, Refused, Runner, choose
@@ -36,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
         "configuration computes the same, spills no registers and is faster by more than the "
         "noise: the largest of 2 % and the interquartile ranges of both, in two measurements. "
         f"There are {_counted(every)}, with --quick {_counted(quick)}; each candidate is compiled, "
-        "which takes seconds, so that --quick takes minutes and the whole hours. Each row is "
-        "written when it is measured: --op after --op gives the same file.",
+        "which takes seconds of a core, so that --quick takes minutes and the whole may take "
+        "hours. Each row is written when it is measured: --op after --op gives the same file.",
         epilog=f"{VARIABLE}=FILE names the file to write and to use, {VARIABLE}= uses none; where "
         f"it is not set, the place is {tuning_file.default_place(90)} (for sm_90).",
     )
@@ -48,7 +49,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--quick", action="store_true", help="fewer sizes, 16 bits only, fewer repetitions"
     )
+    made.add_argument(
+        "--jobs",
+        type=_jobs,
+        default=default_jobs(),
+        help="processes that compile at the same time, before a row is measured; default as many "
+        f"as there are cores, up to {MOST_JOBS}; 1: none, each is compiled when it is run",
+    )
     return made
+
+
+def _jobs(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer of at least 1")
+    return int(word)
 
 
 def _counted(chosen: Sequence[Case]) -> str:
@@ -77,15 +91,9 @@ def main(argv: list[str]) -> int:
     ]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     measured: Measured = {}
-    with tuning.trial({}):
-        sizes = [len({shipped(case, arch), *candidates_of(case)}) for case in chosen]
-    with Progress(sizes) as progress:
-        for key, result in measure(chosen, arch, lambda case: _runner(case, rounds), progress):
-            for line in described(key, result):
-                progress.say(line)
-            if isinstance(result, Choice):
-                measured[key] = result
-                write(place, content(header, held, measured))  # at once: what is measured stays
+    for key, choice in _choices(chosen, arch, rounds, options.jobs):
+        measured[key] = choice
+        write(place, content(header, held, measured))  # at once: what is measured stays
     if measured:
         used = tuning_file.in_use(arch)
         print(f"{place}: {len(measured)} rows written; {_use(place, used)}")
@@ -93,6 +101,27 @@ def main(argv: list[str]) -> int:
         missing = f"{len(chosen) - len(measured)} of {len(chosen)} rows were not measured"
         raise Failure(f"{missing}, for the reasons above, and stay as they were")
     return 0
+
+
+def _choices(
+    chosen: Sequence[Case], arch: int, rounds: int, jobs: int
+) -> Iterator[tuple[Key, Choice]]:
+    """What was chosen for each row that could be measured; all of it is shown."""
+    with tuning.trial({}):
+        plans = {c: list(dict.fromkeys([shipped(c, arch), *candidates_of(c)])) for c in chosen}
+    with Progress(list(map(len, plans.values()))) as progress, Ahead(arch, jobs) as ahead:
+
+        def runner(case: Case) -> Runner:
+            lost = ahead.compile(case, plans[case], progress.compiled)
+            if lost:
+                progress.say(lost)
+            return _runner(case, rounds)
+
+        for key, result in measure(chosen, arch, runner, progress):
+            for line in described(key, result):
+                progress.say(line)
+            if isinstance(result, Choice):
+                yield key, result
 
 
 def _need_a_gpu() -> None:

@@ -56,11 +56,19 @@ class Progress:
         """The next row."""
         self.before = sum(self.sizes[: self.row])
         self.row, self.done = self.row + 1, 0
-        text = f"row {self.row} of {len(self.sizes)}: {name}"
+        self.name = f"row {self.row} of {len(self.sizes)}: {name}"
         if self._bar is not None:
-            self._show(text)
+            self._show()
         else:
-            self.say(f"{text}, {self.sizes[self.row - 1]} configurations{self._left()}")
+            self.say(f"{self.name}, {self.sizes[self.row - 1]} configurations{self._left()}")
+
+    def compiled(self, done: int) -> None:
+        """So many of the row's configurations are compiled before it is measured."""
+        text = f"compiled {done} of {self.sizes[self.row - 1]}"
+        if self._bar is not None:
+            self._show(f", {text}")
+        else:
+            self._note(text)
 
     def tries(self, config: Config) -> None:
         """The row's next configuration."""
@@ -73,16 +81,17 @@ class Progress:
 
     def times(self, configs: Sequence[Config]) -> None:
         """Some are timed."""
-        self._note(f"timing {len(configs)} configurations")
+        if self._bar is None:
+            self._note(f"timing {len(configs)} configurations")
 
     def _note(self, text: str) -> None:
         """A plain line, if the last one is a while ago."""
-        if self._bar is None and time.monotonic() - self.shown >= LINE_SECONDS:
+        if time.monotonic() - self.shown >= LINE_SECONDS:
             self.say(f"    {text}")
 
-    def _show(self, text: str | None = None) -> None:
-        known = {} if text is None else {"description": text}
-        self._bar.update(self._task, completed=self.before + max(self.done - 1, 0), **known)
+    def _show(self, more: str = "") -> None:
+        done = self.before + max(self.done - 1, 0)
+        self._bar.update(self._task, completed=done, description=self.name + more)
         self._bar.refresh()
 
     def _left(self) -> str:
