@@ -61,7 +61,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         return kernel
 
     before = driver._active
-    driver.set_active(_NamesAGpu(arch))
+    driver.set_active(NamesAGpu(arch))
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
             yield made
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
     return Array((), value.primitive_bitwidth // 8) if isinstance(value, dtype) else value
 
 
-class _NamesAGpu:
+class NamesAGpu:
     """A driver that knows what it would compile for and nothing else."""
 
     def __init__(self, arch: int) -> None:

@@ -82,7 +82,7 @@ def _begin(arch: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from gptk.aot.compile import _NamesAGpu
+    from gptk.aot.compile import NamesAGpu
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; the parent says what is to be said
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -92,7 +92,7 @@ def _begin(arch: int) -> None:
         return run(self, *args, grid=grid, warmup=True, **meta)
 
     JITFunction.run = compile_only
-    driver.set_active(_NamesAGpu(arch))
+    driver.set_active(NamesAGpu(arch))
     for stream in (1, 2):  # the process that measures says in its turn what does not compile
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
