@@ -241,3 +241,13 @@ def test_a_block_holds_the_row_or_divides_it():
                 assert wide[1] >= N or N > widest // 2
                 assert block_n & (block_n - 1) == block_m & (block_m - 1) == 0
                 assert warps in (4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "has_dropout, dh_itemsize, arch, crowded",
+    [(True, 0, 80, True), (False, 4, 90, False), (False, 4, 100, True), (False, 2, 100, False)],
+)
+def test_a_mask_and_on_blackwell_a_float32_dh_leave_less_room(
+    has_dropout, dh_itemsize, arch, crowded
+):
+    assert triton_backward.is_crowded(has_dropout, dh_itemsize, arch) == crowded
