@@ -6,10 +6,9 @@ skipped, those that all see are not masked. Traffic: q and out once, k and v onc
 queries. Grouped heads share k and v by indexing.
 A few queries over many keys go to triton_decode, which splits the keys.
 
-Tiles come by addresses (cp.async). By tensor descriptors (TMA), for sm_90, the loop over whole
-tiles has 0 to 6 % fewer instructions, no kernel gets more warps onto a processor than a limit of
-registers gives it (dq at D 64: tuning.json), dq at D 256 spills, and descriptors take the host
-microseconds and need rows of a multiple of 16 bytes; so there are none.
+Tiles come by addresses (cp.async), not by tensor descriptors (TMA): compiled for sm_90, those put
+no more warps on a processor than a limit of registers does (maxnreg in tuning.json), while the host
+has to make them for each call, and rows must be a multiple of 16 bytes.
 """
 
 import torch
